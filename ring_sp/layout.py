@@ -1,0 +1,87 @@
+"""Which global positions each rank of a sequence-parallel group holds. No torch here.
+
+A shard is a tuple of `range`s (spans) of global positions, in the order in which the rank stores
+them.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+Shard = tuple[range, ...]
+Layout = Callable[[int, int], tuple[Shard, ...]]
+
+
+def contiguous(seq_len: int, size: int) -> tuple[Shard, ...]:
+    """Rank r holds the r-th of `size` consecutive stretches; lengths differ by at most one
+    token.
+    """
+    return tuple((span,) for span in _stretches(_even(seq_len, size)))
+
+
+def striped(seq_len: int, size: int) -> tuple[Shard, ...]:
+    """Rank r holds positions r, r + size, r + 2 size, ... (arXiv:2311.09431, section 3)."""
+    return tuple((range(rank, seq_len, size),) for rank in range(size))
+
+
+def zigzag(seq_len: int, size: int) -> tuple[Shard, ...]:
+    """Rank r holds the r-th chunk from the front and the r-th from the back, of 2 size chunks.
+
+    Under a causal mask every pair of distinct ranks then has equal work. Where 2 size divides
+    `seq_len` these are the shards of Megatron's context parallelism; elsewhere chunk lengths, and
+    the lengths of the ranks, differ by at most one token.
+    """
+    lens = _even(seq_len, size)
+    front = [(length + 1) // 2 for length in lens]
+    back = [length // 2 for length in reversed(lens)]
+    spans = _stretches(front + back)
+    pairs = ((spans[rank], spans[2 * size - 1 - rank]) for rank in range(size))
+    return tuple(tuple(span for span in pair if span) for pair in pairs)
+
+
+LAYOUTS: dict[str, Layout] = {"contiguous": contiguous, "striped": striped, "zigzag": zigzag}
+
+
+def shards(seq_len: int, size: int, layout: str) -> tuple[Shard, ...]:
+    """The shard of each of `size` ranks of a sequence of `seq_len` tokens.
+
+    Raises ValueError for an unknown layout, a size below 1, or fewer tokens than ranks.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if size < 1:
+        raise ValueError(f"the number of ranks must be at least 1; got {size}")
+    if seq_len < size:
+        raise ValueError(
+            f"a sequence over {size} ranks needs at least {size} tokens; got {seq_len}. "
+            f"Use a longer sequence or fewer sequence-parallel ranks."
+        )
+    return LAYOUTS[layout](seq_len, size)
+
+
+def shard_len(shard: Shard) -> int:
+    """Number of tokens in a shard."""
+    return sum(map(len, shard))
+
+
+def split(shard: Shard, parts: int) -> tuple[Shard, ...]:
+    """Cut a shard into `parts` consecutive pieces of its own storage order (for Ulysses peers)."""
+    stretches = _stretches(_even(shard_len(shard), parts))
+    return tuple(_take(shard, stretch.start, stretch.stop) for stretch in stretches)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _stretches(lens: Sequence[int]) -> list[range]:
+    return [range(start, stop) for start, stop in pairwise(accumulate(lens, initial=0))]
+
+
+def _take(shard: Shard, start: int, stop: int) -> Shard:
+    """The slots `start` to `stop` of a shard."""
+    offsets = accumulate(map(len, shard), initial=0)
+    cuts = (
+        span[max(start - at, 0) : max(stop - at, 0)]
+        for span, at in zip(shard, offsets, strict=False)
+    )
+    return tuple(span for span in cuts if span)
