@@ -1,0 +1,166 @@
+"""Attention masks as a few regions, and the tiles in which two shards meet under them. No torch
+here.
+
+Every mask is a disjoint union of regions (regions.py); a new mask is a function that lists them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ring_sp.layout import Shard
+from ring_sp.regions import UNBOUNDED, Region, Regions, Tile, union
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A rule for who sees whom; made by the functions of this module, compared by name and
+    arguments.
+
+    `min_len` is the number of positions the rule speaks of: no sequence may be shorter.
+    `build(seq_len)` gives the disjoint regions for a sequence of `seq_len` tokens.
+    """
+
+    name: str
+    args: tuple[object, ...]
+    min_len: int = field(compare=False)
+    build: Callable[[int], list[Region]] = field(compare=False, repr=False)
+
+    def regions(self, seq_len: int) -> Regions:
+        """The mask over `seq_len` tokens. Raises ValueError if it speaks of more positions than
+        that.
+        """
+        if self.min_len > seq_len:
+            raise ValueError(
+                f"the mask {self} speaks of {self.min_len} positions, the sequence has {seq_len}. "
+                f"Make the mask for this sequence, or pad the sequence."
+            )
+        return Regions(self.build(seq_len))
+
+    def __reduce__(self) -> tuple[Callable[..., "Mask"], tuple[object, ...]]:
+        return globals()[self.name], self.args
+
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.args))
+        return f"{self.name}({text if len(text) < 80 else text[:76] + ' ...'})"
+
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Mask("full", (), 0, lambda _: [Region()])
+
+
+def causal() -> Mask:
+    """A query sees its own position and all before it."""
+    return Mask("causal", (), 0, lambda _: [Region(right=0)])
+
+
+def sliding_window(left: int | None, right: int | None = 0) -> Mask:
+    """A query sees `left` keys before its position, itself, and `right` after; None is no limit.
+
+    A model whose window of w tokens includes the query itself has left = w - 1.
+    Raises ValueError for a negative side.
+    """
+    sides = tuple(UNBOUNDED if side is None else side for side in (left, right))
+    if min(sides) < 0:
+        raise ValueError(
+            f"sliding_window needs sides of 0 tokens or more, or None; got ({left}, {right})"
+        )
+    return Mask(
+        "sliding_window", (left, right), 0, lambda _: [Region(left=sides[0], right=sides[1])]
+    )
+
+
+def chunked(size: int) -> Mask:
+    """Causal attention inside consecutive chunks of `size` tokens. Raises ValueError for size <
+    1.
+    """
+    if size < 1:
+        raise ValueError(f"chunked needs a chunk size of at least 1 token; got {size}")
+    return Mask(
+        "chunked",
+        (size,),
+        0,
+        lambda seq_len: [
+            Region(start, start + size, start, start + size, right=0)
+            for start in range(0, seq_len, size)
+        ],
+    )
+
+
+def prefix_lm(prefix_len: int) -> Mask:
+    """Every query sees the first `prefix_len` keys; the rest is causal. Raises ValueError below
+    0.
+    """
+    if prefix_len < 0:
+        raise ValueError(f"prefix_lm needs a prefix of 0 tokens or more; got {prefix_len}")
+    prefix = [Region(k_stop=prefix_len)] if prefix_len else []
+    return Mask("prefix_lm", (prefix_len,), prefix_len, lambda _: union([Region(right=0)], prefix))
+
+
+def documents(cu_seqlens: Sequence[int], inner: Mask | None = None) -> Mask:
+    """Packed documents: document d holds positions cu_seqlens[d] to cu_seqlens[d + 1] - 1 and sees
+    only itself.
+
+    `inner` (default causal) rules inside each document, in positions that start at its first token.
+    Tokens after the last document are padding: they see nothing and nobody sees them. Raises
+    ValueError unless cu_seqlens starts at 0 and never falls.
+    """
+    cuts = tuple(map(int, cu_seqlens))
+    if not cuts or cuts[0] != 0 or any(stop < start for start, stop in pairwise(cuts)):
+        raise ValueError(
+            f"documents needs cu_seqlens that start at 0 and never fall; got {cuts[:8]}"
+        )
+    rule = inner or causal()
+    return Mask(
+        "documents",
+        (cuts, rule),
+        cuts[-1],
+        lambda _: [
+            region
+            for start, stop in pairwise(cuts)
+            if start < stop
+            for region in _placed(rule.build(stop - start), start, stop)
+        ],
+    )
+
+
+def bidirectional_spans(spans: Sequence[tuple[int, int]], inner: Mask | None = None) -> Mask:
+    """`inner` (default causal), and inside each half-open span (start, stop) everybody sees
+    everybody.
+
+    For images or other blocks in text. Raises ValueError unless spans ascend without overlap.
+    """
+    blocks = tuple((int(start), int(stop)) for start, stop in spans)
+    edges = [edge for block in blocks for edge in block]
+    if sorted(edges) != edges or min(edges, default=0) < 0:
+        raise ValueError(
+            f"bidirectional_spans needs ascending spans without overlap; got {blocks[:4]}"
+        )
+    rule = inner or causal()
+    extra = [Region(start, stop, start, stop) for start, stop in blocks if start < stop]
+    min_len = max([rule.min_len, *edges])
+    return Mask(
+        "bidirectional_spans", (blocks, rule), min_len, lambda n: union(rule.build(n), extra)
+    )
+
+
+def tiles(mask: Mask, q_shard: Shard, kv_shard: Shard) -> list[Tile]:
+    """The tiles of one pair of shards; `mask.regions(seq_len).tiles` serves many pairs of one
+    sequence.
+    """
+    last = max((span[-1] for span in (*q_shard, *kv_shard)), default=-1)
+    return list(mask.regions(max(last + 1, mask.min_len)).tiles(q_shard, kv_shard))
+
+
+def _placed(regions: Iterable[Region], start: int, stop: int) -> Iterator[Region]:
+    """Regions written for positions from 0, moved to `start` and clipped at `stop`."""
+    for region in regions:
+        moved = region._replace(
+            q_start=start + region.q_start,
+            q_stop=min(start + region.q_stop, stop),
+            k_start=start + region.k_start,
+            k_stop=min(start + region.k_stop, stop),
+        )
+        if not moved.empty:
+            yield moved
