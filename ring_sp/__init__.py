@@ -1,0 +1,15 @@
+"""Exact ring attention for sequences too long for one GPU."""
+
+from ring_sp import layout, masks
+from ring_sp.attention import ring_attention
+from ring_sp.sequence import ShardedSequence
+from ring_sp.topology import ProcessGroupManager, Topology
+
+__all__ = [
+    "ProcessGroupManager",
+    "ShardedSequence",
+    "Topology",
+    "layout",
+    "masks",
+    "ring_attention",
+]

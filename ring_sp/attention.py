@@ -1,0 +1,219 @@
+"""Exact attention over a sequence that is spread over ranks (arXiv:2310.01889, section 3)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ring_sp.agreement import require_fit
+from ring_sp.kernels import Call, Kernel, Step, select
+from ring_sp.kernels.contract import State, accumulation_dtype, empty_state
+from ring_sp.kernels.merge import weight
+from ring_sp.ring import Message, ring_pass
+from ring_sp.sequence import Plan, ShardedSequence
+from ring_sp.topology import Topology
+from ring_sp.ulysses import kv_replication, to_heads, to_sequence
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    kv_sequence: ShardedSequence | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    kernel: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    kv_sequence: ShardedSequence | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    kernel: str = "auto",
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    kv_sequence: ShardedSequence | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over the keys of all ranks. Collective over the sequence's
+    topology.
+
+    q is [B, local_len, H, D], k [B, local kv len, Hkv, D], v [B, local kv len, Hkv, Dv], of one
+    floating-point dtype and device; Hkv divides H, and head h reads key head h // (H // Hkv).
+    `kv_sequence` (default `sequence`) says where the keys live, for cross attention; the mask is
+    `sequence.mask`, over the global positions of both. Scores are q.k * scale (default 1 /
+    sqrt(D)), then softcap * tanh(score / softcap) if `softcap` is given; `sinks` [H] are logits of
+    one more key per head, whose value is zero. Returns out [B, local_len, H, Dv] in q's dtype and,
+    if `return_lse`, (out, lse) with lse [B, H, local_len], natural log of the sum of exp(score)
+    over the keys and the sink, in float32 (float64 for float64 inputs); both are differentiable,
+    once. A query that sees nothing gets zeros and lse = -inf (the sink's logit where there is one).
+
+    Raises ValueError on every rank for tensors that do not fit each other or the sequences, and
+    NotImplementedError for dropout.
+    """
+    keys = kv_sequence or sequence
+    require_fit(q, k, v, sequence, keys, sinks, (scale, softcap, kernel))
+    if dropout_p or dropout_seed is not None:
+        raise NotImplementedError(
+            f"attention dropout is not implemented; got dropout_p={dropout_p}. Use 0."
+        )
+    chosen = select(
+        kernel, Call(q.device.type, q.dtype, q.shape[3], v.shape[3], softcap is not None)
+    )
+    topology = sequence.topology
+    copies = kv_replication(q.shape[2], k.shape[2], topology.ulysses.size)
+    q = to_heads(q, topology.ulysses, _peer_lens(sequence))
+    k, v = (
+        to_heads(x.repeat_interleave(copies, 2), topology.ulysses, _peer_lens(keys)) for x in (k, v)
+    )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    setting = _Setting(sequence.plan(keys), topology, chosen, scale, softcap)
+    out, lse = _RingAttention.apply(q, k, v, setting)
+    out = to_sequence(out, topology.ulysses, _peer_lens(sequence))
+    if sinks is None and not return_lse:
+        return out
+    lse = to_sequence(lse.transpose(1, 2).unsqueeze(-1), topology.ulysses, _peer_lens(sequence))
+    lse = lse.squeeze(-1).transpose(1, 2)
+    if sinks is not None:
+        joint = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        out, lse = (out * weight(lse - joint)).to(out.dtype), joint
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """All that a pass round the ring needs besides the tensors."""
+
+    plan: Plan
+    topology: Topology
+    kernel: Kernel
+    scale: float
+    softcap: float | None
+
+    def step(self, source: int) -> Step:
+        return Step(self.plan.tiles(source), self.scale, self.softcap)
+
+
+class _RingAttention(torch.autograd.Function):
+    """Keeps q, kv, out and lse; no result of a step outlives it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: _Setting
+    ) -> tuple[Tensor, Tensor]:
+        wire = _Wire.of(k, v)
+        kv = wire.join(k, v)
+        state: State | None = None
+
+        def visit(seen: Tensor, source: int) -> None:
+            nonlocal state
+            keys, values = wire.split(seen)
+            state = setting.kernel.forward(q, keys, values, setting.step(source), state)
+
+        message = Message(
+            lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device
+        )
+        ring_pass(kv, setting.topology.rings, visit, setting.plan.needs, message)
+        out, lse = state or empty_state(q, v)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, kv, out, lse)
+        ctx.setting, ctx.wire = setting, wire
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, kv, out, lse = ctx.saved_tensors
+        setting, wire = ctx.setting, ctx.wire
+        dtype = accumulation_dtype(q.dtype)
+        delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2) - dlse
+        dq: Tensor | None = None
+
+        def visit(seen: Tensor, source: int) -> Tensor:
+            nonlocal dq
+            dkv = torch.empty_like(seen, dtype=dtype)
+            dq = setting.kernel.backward(
+                dout, q, wire.split(seen), (lse, delta), setting.step(source), dq, wire.split(dkv)
+            )
+            return dkv
+
+        message = Message(
+            lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device, dtype
+        )
+        total = ring_pass(kv, setting.topology.rings, visit, setting.plan.needs, message)
+        dkv = torch.zeros_like(kv) if total is None else total.to(kv.dtype)
+        dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
+        return dq, *wire.split(dkv), None
+
+
+@dataclass(frozen=True)
+class _Wire:
+    """K and V as one flat message: K [B, S, Hkv, D] dense, then V [B, S, Hkv, Dv] dense."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "_Wire":
+        return cls(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
+
+    def numel(self, kv_len: int) -> int:
+        return self.batch * kv_len * self.kv_heads * (self.head_dim + self.v_head_dim)
+
+    def join(self, k: Tensor, v: Tensor) -> Tensor:
+        message = k.new_empty(self.numel(k.shape[1]))
+        for part, x in zip(self.split(message), (k, v), strict=True):
+            part.copy_(x)
+        return message
+
+    def split(self, message: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of K and V in a message."""
+        kv_len = message.numel() // self.numel(1)
+        k, v = message.split(
+            [
+                self.numel(kv_len) * dim // (self.head_dim + self.v_head_dim)
+                for dim in (self.head_dim, self.v_head_dim)
+            ]
+        )
+        shape = (self.batch, kv_len, self.kv_heads, -1)
+        return k.view(shape), v.view(shape)
+
+
+def _peer_lens(sequence: ShardedSequence) -> tuple[int, ...]:
+    """Tokens of this rank's Ulysses peers."""
+    topology = sequence.topology
+    first = topology.ring_rank * topology.ulysses.size
+    return sequence.lens[first : first + topology.ulysses.size]

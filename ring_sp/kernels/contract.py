@@ -1,0 +1,87 @@
+"""What an attention kernel promises to the ring.
+
+A kernel is called once for each step of the ring, with all tiles in which this station's queries
+meet the keys at hand, and folds them into the running result. A backend is a module with the
+functions of `Kernel`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ring_sp.regions import Tile
+
+State = tuple[Tensor, Tensor]
+"""(out, lse): out [B, Sq, H, Dv] normalised over the keys seen so far, lse [B, H, Sq] natural log.
+
+Both have the accumulation dtype. A row that has seen nothing is zero, with lse = -inf.
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a kernel can serve a call."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    softcap: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tiles of one step (never an empty row in one), and the score: softcap * tanh(scale *
+    q.k / softcap).
+    """
+
+    tiles: tuple[Tile, ...]
+    scale: float
+    softcap: float | None = None
+
+
+class Kernel(Protocol):
+    """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] of one dtype, dense in their last
+    dimension; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
+    """
+
+    __name__: str
+
+    def refusal(self, call: Call) -> str | None:
+        """Why this kernel cannot serve a call; None if it can."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) -> State:
+        """Fold a step into the state, in place; None starts one."""
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
+        step: Step,
+        dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Add to dq [B, Sq, H, D], in place, and return it (None starts one); overwrite dk and dv.
+
+        `rows` is (lse, delta), both [B, H, Sq] over all keys of the sequence, with delta = the sum
+        of dout * out along Dv, less the gradient of lse. dq, dk and dv have the accumulation dtype.
+        """
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_state(q: Tensor, v: Tensor) -> State:
+    """The state of queries that have seen nothing."""
+    batch, rows, heads, _ = q.shape
+    dtype = accumulation_dtype(q.dtype)
+    return (
+        q.new_zeros(batch, rows, heads, v.shape[3], dtype=dtype),
+        q.new_full((batch, heads, rows), -torch.inf, dtype=dtype),
+    )

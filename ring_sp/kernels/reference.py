@@ -1,0 +1,122 @@
+"""The oracle: attention in plain torch, on any device, in float32 or float64. Exact, not fast."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ring_sp.kernels.contract import Call, State, Step, accumulation_dtype, empty_state
+from ring_sp.kernels.merge import merge
+from ring_sp.regions import Tile
+
+BLOCK_ROWS = 512
+"""Query rows whose scores exist at a time: bounds memory, and skips most of what a causal tile
+hides.
+"""
+
+
+def refusal(call: Call) -> str | None:
+    """Serves every call in floating point."""
+    return (
+        None if call.dtype.is_floating_point else f"it computes in floating point, not {call.dtype}"
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) -> State:
+    """See `contract.Kernel`."""
+    out, lse = state or empty_state(q, v)
+    for tile in _blocks(step.tiles):
+        at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+        queries, keys, values = (
+            _group(q[:, at_q], k.shape[2]),
+            _group(k[:, at_k]),
+            _group(v[:, at_k]),
+        )
+        scores = _scores(queries, keys, tile, step)
+        part_lse = scores.logsumexp(-1)
+        part = (scores - part_lse.unsqueeze(-1)).exp() @ values.unsqueeze(2)
+        out[:, at_q], lse[:, :, at_q] = merge(
+            out[:, at_q], lse[:, :, at_q], _ungroup(part), part_lse.flatten(1, 2)
+        )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, Tensor],
+    step: Step,
+    dq: Tensor | None,
+    dkv: tuple[Tensor, Tensor],
+) -> Tensor:
+    """See `contract.Kernel`."""
+    (k, v), (dk, dv), (lse, delta) = kv, dkv, rows
+    dq = torch.zeros_like(q, dtype=dk.dtype) if dq is None else dq
+    dk.zero_()
+    dv.zero_()
+    for tile in _blocks(step.tiles):
+        at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+        queries, keys, values = (
+            _group(q[:, at_q], k.shape[2]),
+            _group(k[:, at_k]),
+            _group(v[:, at_k]),
+        )
+        grads = _group(dout[:, at_q], k.shape[2])
+        scores = _scores(queries, keys, tile, step)
+        weights = (scores - _rows(lse, at_q, grads)).exp()
+        dscores = weights * (grads @ values.unsqueeze(2).mT - _rows(delta, at_q, grads))
+        if step.softcap is not None:
+            # Masked scores are -inf; their weight is zero, which 0 * inf must not undo.
+            dscores = dscores * (1 - (scores.clamp_min(-step.softcap) / step.softcap).square())
+        dq[:, at_q] += _ungroup(dscores @ keys.unsqueeze(2)) * step.scale
+        dk[:, at_k] += (dscores.mT @ queries).sum(2).transpose(1, 2) * step.scale
+        dv[:, at_k] += (weights.mT @ grads).sum(2).transpose(1, 2)
+    return dq
+
+
+def _scores(queries: Tensor, keys: Tensor, tile: Tile, step: Step) -> Tensor:
+    """[B, Hkv, G, rows, cols], -inf where the tile's band hides a pair."""
+    scores = queries @ keys.unsqueeze(2).mT * step.scale
+    if step.softcap is not None:
+        scores = step.softcap * torch.tanh(scores / step.softcap)
+    if tile.full:
+        return scores
+    row, col = (torch.arange(length, device=scores.device) for length in scores.shape[-2:])
+    offset = row[:, None] - col
+    return scores.masked_fill((offset < tile.lo) | (offset > tile.hi), -torch.inf)
+
+
+def _blocks(tiles: tuple[Tile, ...]) -> Iterator[Tile]:
+    """The tiles cut into blocks of rows, each with the columns that its rows see."""
+    for tile in tiles:
+        for start in range(0, tile.q_stop - tile.q_start, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, tile.q_stop - tile.q_start)
+            first = max(start - tile.hi, 0)
+            last = min(stop - tile.lo, tile.k_stop - tile.k_start)
+            yield Tile(
+                tile.q_start + start,
+                tile.q_start + stop,
+                tile.k_start + first,
+                tile.k_start + last,
+                max(tile.lo - start + first, 1 + first - last),
+                min(tile.hi - start + first, stop - start - 1),
+            )
+
+
+def _group(x: Tensor, kv_heads: int | None = None) -> Tensor:
+    """[B, S, H, D] -> [B, Hkv, G, S, D], or without `kv_heads` -> [B, H, S, D]; in the
+    accumulation dtype.
+    """
+    x = x.to(accumulation_dtype(x.dtype)).transpose(1, 2)
+    return x if kv_heads is None else x.unflatten(1, (kv_heads, -1))
+
+
+def _ungroup(x: Tensor) -> Tensor:
+    """[B, Hkv, G, S, D] -> [B, S, H, D]."""
+    return x.flatten(1, 2).transpose(1, 2)
+
+
+def _rows(x: Tensor, at: slice, like: Tensor) -> Tensor:
+    """[B, H, S] -> [B, Hkv, G, rows, 1], grouped as `like`."""
+    return x[:, :, at].unflatten(1, like.shape[1:3]).unsqueeze(-1)

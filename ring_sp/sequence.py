@@ -1,0 +1,205 @@
+"""Where one sequence lives: the join of topology, layout and mask."""
+
+from collections.abc import Hashable, Iterator
+from functools import cached_property
+from weakref import WeakKeyDictionary
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ring_sp import layout as layouts
+from ring_sp import masks
+from ring_sp.layout import Shard, shard_len
+from ring_sp.masks import Mask, Tile
+from ring_sp.regions import Regions
+from ring_sp.topology import Topology
+
+
+class ShardedSequence:
+    """One sequence spread over the ranks of a topology, and the mask that rules it.
+
+    Batch slicing, rotary positions, attention and loss all read this object. Make one per sequence
+    length and mask and keep it: it remembers the tiles that it worked out.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        topology: Topology | None = None,
+        mask: Mask | None = None,
+        layout: str = "zigzag",
+    ) -> None:
+        """`seq_len` in tokens; `mask` defaults to causal, `topology` to one rank by itself.
+
+        Raises ValueError for an unknown layout, fewer tokens than ranks, or a mask longer than the
+        sequence; on every rank, without communication.
+        """
+        self.seq_len, self.layout = seq_len, layout
+        self.topology = topology or Topology()
+        self.mask = mask or masks.causal()
+        peers = self.topology.ulysses.size
+        if seq_len < self.topology.size:
+            raise ValueError(
+                f"a sequence over {self.topology.size} ranks needs at least that many tokens; "
+                f"got {seq_len}. Use a longer sequence or fewer sequence-parallel ranks."
+            )
+        self.ring_shards = layouts.shards(seq_len, self.topology.ring_size, layout)
+        """The tokens at each station of the ring: those of all Ulysses peers there."""
+        self.shards = tuple(
+            piece for shard in self.ring_shards for piece in layouts.split(shard, peers)
+        )
+        """The tokens of each rank."""
+        self._regions = self.mask.regions(seq_len)
+        self._plans: WeakKeyDictionary[ShardedSequence, Plan] = WeakKeyDictionary()
+        self.agreed: set[Hashable] = set()
+        """The calls on which the ranks have agreed; see agreement.py."""
+
+    @cached_property
+    def lens(self) -> tuple[int, ...]:
+        """Tokens of each rank; they differ by at most one or two."""
+        return tuple(map(shard_len, self.shards))
+
+    @property
+    def local_len(self) -> int:
+        """Tokens of this rank."""
+        return self.lens[self.topology.rank]
+
+    def positions(self, device: torch.device | str | None = None) -> Tensor:
+        """Global positions of this rank's tokens, int64 [local_len]."""
+        return _positions(self.shards[self.topology.rank], device)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of a tensor that every rank holds whole, seq_len long along `dim`.
+
+        The gradient of `x` is whole again on every rank. Raises ValueError for another length.
+        """
+        self._check_len(x, dim, self.seq_len, "the whole sequence")
+        return _Shard.apply(x, self, dim) if x.requires_grad else _take(x, self, dim)
+
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole tensor on every rank from the ranks' parts, local_len long along `dim`.
+
+        All ranks must go on with the same computation: each takes its own part of the gradient.
+        Raises ValueError for another length.
+        """
+        self._check_len(x, dim, self.local_len, "this rank's part")
+        return _Unshard.apply(x, self, dim)
+
+    def plan(self, kv_sequence: "ShardedSequence | None" = None) -> "Plan":
+        """What the queries of this sequence see of the keys of `kv_sequence` (default: of this
+        one).
+        """
+        keys = kv_sequence or self
+        if keys not in self._plans:
+            regions = (
+                self._regions
+                if keys is self
+                else self.mask.regions(max(self.seq_len, keys.seq_len))
+            )
+            self._plans[keys] = Plan(
+                self.ring_shards, keys.ring_shards, regions, self.topology.ring_rank
+            )
+        return self._plans[keys]
+
+    @cached_property
+    def checksum(self) -> int:
+        """A number that two ranks with different masks will hardly share."""
+        return crc32(repr(self.mask).encode())
+
+    def __str__(self) -> str:
+        return f"{self.seq_len} tokens, {self.layout} over {self.topology.size} ranks, {self.mask}"
+
+    def _check_len(self, x: Tensor, dim: int, length: int, what: str) -> None:
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != length:
+            raise ValueError(
+                f"{what} has {length} tokens along dimension {dim}; "
+                f"got shape {tuple(x.shape)} ({self})"
+            )
+
+
+class Plan:
+    """The tiles in which the queries of each station of a ring meet the keys of each other."""
+
+    def __init__(
+        self, q_shards: tuple[Shard, ...], kv_shards: tuple[Shard, ...], regions: Regions, rank: int
+    ) -> None:
+        self._q_shards, self._kv_shards, self._regions, self._rank = (
+            q_shards,
+            kv_shards,
+            regions,
+            rank,
+        )
+        self._tiles: dict[int, tuple[Tile, ...]] = {}
+        self._needs: dict[tuple[int, int], bool] = {}
+
+    def tiles(self, source: int) -> tuple[Tile, ...]:
+        """What this rank's queries see of the keys of `source`."""
+        if source not in self._tiles:
+            self._tiles[source] = tuple(self._meet(self._rank, source))
+        return self._tiles[source]
+
+    def needs(self, rank: int, source: int) -> bool:
+        """Whether the queries of `rank` see any key of `source`."""
+        if (rank, source) not in self._needs:
+            self._needs[rank, source] = next(self._meet(rank, source), None) is not None
+        return self._needs[rank, source]
+
+    def kv_len(self, source: int) -> int:
+        """Keys of `source`, in tokens."""
+        return shard_len(self._kv_shards[source])
+
+    def _meet(self, rank: int, source: int) -> Iterator[Tile]:
+        return self._regions.tiles(self._q_shards[rank], self._kv_shards[source])
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, sequence: ShardedSequence, dim: int) -> Tensor:
+        ctx.place = sequence, dim  # type: ignore[attr-defined]
+        return _take(x, sequence, dim)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Unshard.apply(grads[0], *ctx.place), None, None  # type: ignore[attr-defined]
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, sequence: ShardedSequence, dim: int) -> Tensor:
+        ctx.place = sequence, dim  # type: ignore[attr-defined]
+        return _gather(x, sequence, dim)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Shard.apply(grads[0], *ctx.place), None, None  # type: ignore[attr-defined]
+
+
+def _take(x: Tensor, sequence: ShardedSequence, dim: int) -> Tensor:
+    spans = sequence.shards[sequence.topology.rank]
+    index: list[slice] = [slice(None)] * (dim % x.dim())
+    return torch.cat([x[(*index, slice(span.start, span.stop, span.step))] for span in spans], dim)
+
+
+def _gather(x: Tensor, sequence: ShardedSequence, dim: int) -> Tensor:
+    """Ranks may hold one token more or less: they send the longest length and drop the rest."""
+    if sequence.topology.size == 1:
+        return x.clone()
+    lens, dim = sequence.lens, dim % x.dim()
+    longest = max(lens)
+    sent = x.transpose(0, dim)
+    sent = torch.cat([sent, sent.new_zeros(longest - sent.shape[0], *sent.shape[1:])])
+    parts = [torch.empty_like(sent) for _ in lens]
+    dist.all_gather(parts, sent.contiguous(), group=sequence.topology.group)
+    whole = x.new_empty(sequence.seq_len, *sent.shape[1:])
+    for part, length, shard in zip(parts, lens, sequence.shards, strict=True):
+        whole[_positions(shard, x.device)] = part[:length]
+    return whole.transpose(0, dim)
+
+
+def _positions(shard: Shard, device: torch.device | str | None) -> Tensor:
+    return torch.cat(
+        [torch.arange(span.start, span.stop, span.step, device=device) for span in shard]
+    )

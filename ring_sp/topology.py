@@ -1,0 +1,226 @@
+"""Process groups: rings orthogonal to the data, tensor and pipeline groups."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ring_sp.ring import Axis
+
+AXES = ("pipeline", "data", "outer", "ring", "ulysses", "tensor")
+"""The axes of a world, slowest first: Megatron's rank order, tensor ranks adjacent."""
+
+SEQUENCE = ("outer", "ring", "ulysses")
+"""The axes over which one sequence is spread."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks that share one sequence: an outer ring of inner rings of Ulysses groups.
+
+    The default is one rank by itself.
+    """
+
+    outer: Axis = Axis()
+    ring: Axis = Axis()
+    ulysses: Axis = Axis()
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring_size * self.ulysses.size
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among them: outer slowest, Ulysses fastest."""
+        return self.ring_rank * self.ulysses.size + self.ulysses.rank
+
+    @property
+    def ring_size(self) -> int:
+        """Stations of the ring, outer and inner: the ranks without their Ulysses peers."""
+        return self.outer.size * self.ring.size
+
+    @property
+    def ring_rank(self) -> int:
+        return self.outer.rank * self.ring.size + self.ring.rank
+
+    @property
+    def rings(self) -> tuple[Axis, ...]:
+        """The rings that a tensor goes round, slowest first; none for a single station."""
+        return tuple(axis for axis in (self.outer, self.ring) if axis.size > 1)
+
+
+class ProcessGroupManager:
+    """The groups of a world, or of a part that a host already built.
+
+    Make it with `build` or `from_group`, at one point that all its ranks reach together.
+    """
+
+    def __init__(
+        self, topology: Topology, axes: dict[str, Axis], mesh: DeviceMesh | None = None
+    ) -> None:
+        self.topology = topology
+        """What `ShardedSequence` needs to know."""
+        self.mesh = mesh
+        """The DeviceMesh with dimensions `AXES`; None where a host's group was subdivided."""
+        self._axes = axes
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        tensor: int = 1,
+        ring: int = 1,
+        ulysses: int = 1,
+        outer: int = 1,
+        pipeline: int = 1,
+        device_type: str | None = None,
+    ) -> "ProcessGroupManager":
+        """Divide the world into the axes of `AXES`; data is what is left. Collective over the
+        world.
+
+        `device_type` is that of the tensors to send: by default "cuda" if the default group speaks
+        NCCL, else "cpu". Without torch.distributed the world is one process. Raises ValueError,
+        before any communication, for sizes below 1 or that do not divide the world.
+        """
+        sizes = {
+            "pipeline": pipeline,
+            "outer": outer,
+            "ring": ring,
+            "ulysses": ulysses,
+            "tensor": tensor,
+        }
+        shape = grid_shape(dist.get_world_size() if dist.is_initialized() else 1, sizes)
+        if not dist.is_initialized():
+            return cls(Topology(), {name: Axis() for name in (*AXES, "sequence", "data_sequence")})
+        mesh = init_device_mesh(device_type or _device_type(), shape, mesh_dim_names=AXES)
+        axes = {name: _axis(mesh.get_group(name)) for name in AXES}
+        for name, joined in (("sequence", SEQUENCE), ("data_sequence", ("data", *SEQUENCE))):
+            axes[name] = _joined(axes, mesh, joined)
+        _connect(axes[name] for name in (*SEQUENCE, "sequence"))
+        outer_axis, ring_axis, ulysses_axis = (axes[name] for name in SEQUENCE)
+        return cls(
+            Topology(outer_axis, ring_axis, ulysses_axis, axes["sequence"].group), axes, mesh
+        )
+
+    @classmethod
+    def from_group(
+        cls, group: dist.ProcessGroup, *, ulysses: int = 1, outer: int = 1
+    ) -> "ProcessGroupManager":
+        """Subdivide a host's sequence-parallel group into outer x ring x Ulysses; the ring is what
+        is left.
+
+        Collective over `group` where `ulysses` or `outer` exceeds 1; else no new group is made.
+        Raises ValueError, before any communication, for sizes below 1 or that do not divide the
+        group.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        for name, size in (("ulysses", ulysses), ("outer", outer)):
+            _check_size(name, size)
+        if len(ranks) % (ulysses * outer):
+            raise ValueError(
+                f"the sequence-parallel group has {len(ranks)} ranks, which outer {outer} x "
+                f"ulysses {ulysses} does not "
+                f"divide. Choose sizes whose product divides {len(ranks)}."
+            )
+        sizes = (outer, len(ranks) // (outer * ulysses), ulysses)
+        axes = {name: _part(group, sizes, dim) for dim, name in enumerate(SEQUENCE)}
+        axes["sequence"] = _axis(group)
+        _connect(axes[name] for name in SEQUENCE if axes[name].group is not group)
+        return cls(Topology(axes["outer"], axes["ring"], axes["ulysses"], group), axes)
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """This rank's group of an axis of `AXES`, of "sequence", or of "data_sequence" (where
+        gradients are reduced); None for the one process of a world without torch.distributed.
+        """
+        return self._axis(name).group
+
+    def size(self, name: str) -> int:
+        """Ranks in `group(name)`."""
+        return self._axis(name).size
+
+    def rank(self, name: str) -> int:
+        """This rank's number in `group(name)`."""
+        return self._axis(name).rank
+
+    def _axis(self, name: str) -> Axis:
+        if name not in self._axes:
+            raise ValueError(f"the axis must be one of {', '.join(self._axes)}; got {name!r}")
+        return self._axes[name]
+
+
+def grid_shape(world_size: int, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Ranks along each axis of `AXES`, data filled in. Raises ValueError for sizes that do not
+    divide the world.
+    """
+    for name, size in sizes.items():
+        _check_size(name, size)
+    model = prod(sizes.values())
+    if world_size % model:
+        product = " x ".join(f"{name} {sizes[name]}" for name in AXES if name in sizes)
+        raise ValueError(
+            f"{product} needs a multiple of {model} ranks; the world has {world_size}. "
+            f"Start more processes or choose smaller sizes."
+        )
+    return tuple({**sizes, "data": world_size // model}[name] for name in AXES)
+
+
+def grid_groups(shape: Sequence[int], dims: Sequence[int]) -> list[list[int]]:
+    """Ranks of a row-major grid grouped so that each group varies along `dims` only, in rank
+    order.
+    """
+    grid = torch.arange(prod(shape)).view(*shape)
+    kept = [dim for dim in range(len(shape)) if dim not in dims]
+    return grid.permute(*kept, *dims).reshape(-1, prod(shape[dim] for dim in dims)).tolist()
+
+
+def _check_size(name: str, size: int) -> None:
+    if size < 1:
+        raise ValueError(f"{name} needs a size of at least 1; got {size}")
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def _device_type() -> str:
+    return "cuda" if "nccl" in dist.get_backend() else "cpu"
+
+
+def _connect(axes: Iterable[Axis]) -> None:
+    """Open the communicators: NCCL wants all ranks in the first call of a group, a ring may use
+    only some.
+    """
+    for axis in axes:
+        if axis.size > 1:
+            dist.all_reduce(torch.zeros(1, device=_device_type()), group=axis.group)
+
+
+def _joined(axes: dict[str, Axis], mesh: DeviceMesh, names: Sequence[str]) -> Axis:
+    """The axis that several axes of a mesh form together; an existing group where all others
+    have one rank.
+    """
+    wide = [axes[name] for name in names if axes[name].size > 1]
+    if len(wide) < 2:
+        return wide[0] if wide else axes[names[-1]]
+    group, _ = dist.new_subgroups_by_enumeration(
+        grid_groups(mesh.shape, [AXES.index(name) for name in names])
+    )
+    return _axis(group)
+
+
+def _part(group: dist.ProcessGroup, sizes: tuple[int, ...], dim: int) -> Axis:
+    """This rank's place along one dimension of a group laid out as a row-major grid."""
+    if sizes[dim] == 1:
+        return Axis()
+    if sizes[dim] == prod(sizes):
+        return _axis(group)
+    ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
+    places = next(places for places in grid_groups(sizes, [dim]) if own in places)
+    # Only members call: the host's other groups need not reach this point.
+    part = dist.new_group([ranks[place] for place in places], use_local_synchronization=True)
+    return Axis(places.index(own), sizes[dim], part)

@@ -1,0 +1,90 @@
+"""Ranks for the tests: processes that speak gloo, spawned once for each world size and reused."""
+
+import multiprocessing
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+
+class World:
+    """`size` processes with torch.distributed over gloo."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "ring_sp"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._pipes: list[Connection] = []
+        self._ranks = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._ranks.append(process)
+
+    def run(self, function: Callable[..., Any], *args: object, timeout: float = 60) -> list[Any]:
+        """What `function(*args)` returns on each rank; an error on any fails the test that
+        called.
+        """
+        call = pickle.dumps((function, args))
+        for pipe in self._pipes:
+            pipe.send_bytes(call)
+        results: list[Any] = []
+        errors: list[str] = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                self.close()
+                pytest.fail(f"rank {rank} gave no answer in {timeout} s" + "".join(errors))
+            result, error = pipe.recv()
+            results.append(result)
+            if error:
+                errors.append(f"\nrank {rank}:\n{error}")
+        if errors:
+            pytest.fail("".join(errors))
+        return results
+
+    def close(self) -> None:
+        for process in self._ranks:
+            process.kill()
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            pipe.send((function(*args), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """world(4).run(function, ...) calls a module-level function on 4 ranks."""
+    worlds: dict[int, World] = {}
+
+    def of(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield of
+    for started in worlds.values():
+        started.close()
