@@ -1,0 +1,63 @@
+"""Next-token labels and the mean loss of a sequence whose tokens lie on several ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token that has no loss."""
+
+
+def shift_labels(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Tensor:
+    """The next token of each token, [B, S] -> [B, S]; `IGNORE` for the last of the sequence.
+
+    Call it on whole sequences, before they are sharded: the next token may live on another rank.
+    With `cu_seqlens`, as for `masks.documents`, the last token of each document is ignored too.
+    """
+    labels = torch.roll(tokens, -1, dims=1)
+    labels[:, -1] = IGNORE
+    if cu_seqlens is not None:
+        ends = torch.as_tensor(cu_seqlens, device=tokens.device)[1:] - 1
+        labels[:, ends[ends >= 0]] = IGNORE
+    return labels
+
+
+def token_mean(
+    losses: Tensor,
+    counted: Tensor,
+    group: dist.ProcessGroup | None = None,
+    averaged_over: int = 1,
+) -> Tensor:
+    """The mean of `losses` over the tokens that are `counted`, on all ranks of `group` together.
+
+    losses and counted (bool) have one shape, this rank's tokens. Every rank gets the same value, 0
+    where nothing is counted at all. The gradient on a rank is that of its own tokens, so that the
+    sum over ranks is the gradient of the mean, however unevenly the counted tokens lie.
+    `averaged_over` is the number of ranks over which the host averages gradients afterwards (1
+    where it sums them); it scales the gradient and not the value. `group` None is one process.
+    Collective over `group`.
+    """
+    total = losses.masked_fill(~counted, 0).sum()
+    count = counted.sum()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+    return _SumOverRanks.apply(total, group, averaged_over) / count.clamp_min(1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, total: Tensor, group: dist.ProcessGroup | None, averaged_over: int
+    ) -> Tensor:
+        ctx.averaged_over = averaged_over
+        total = total.clone()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.averaged_over, None, None

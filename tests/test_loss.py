@@ -1,0 +1,74 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import World
+from ranks import groups
+from ring_sp import ShardedSequence
+from ring_sp.loss import IGNORE, shift_labels, token_mean
+from torch import Tensor
+
+VOCAB = 11
+
+
+def test_the_label_of_a_token_is_the_next_one() -> None:
+    tokens = torch.arange(14).view(2, 7)
+    assert shift_labels(tokens).tolist() == [
+        [1, 2, 3, 4, 5, 6, IGNORE],
+        [8, 9, 10, 11, 12, 13, IGNORE],
+    ]
+
+
+def test_no_document_predicts_the_first_token_of_the_next() -> None:
+    tokens = torch.arange(8)[None]
+    labels = shift_labels(tokens, [0, 0, 3, 4, 7])
+    assert labels.tolist() == [[1, 2, IGNORE, IGNORE, 5, 6, IGNORE, IGNORE]]
+
+
+def losses(weight: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+    flat = torch.nn.functional.cross_entropy(
+        (hidden @ weight).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return flat.view_as(labels)
+
+
+def ring_against_one_process(averaged: bool) -> tuple[float, float]:
+    """Differences of loss and weight gradient from one process; data 2 x ring 2, most labels of one
+    rank ignored."""
+    manager = groups(ring=2)
+    make = torch.Generator().manual_seed(1)
+    weight = torch.randn(6, VOCAB, generator=make, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(4, 13, 6, generator=make, dtype=torch.float64)
+    labels = shift_labels(torch.randint(VOCAB, (4, 13), generator=make))
+    labels[0, :9], labels[3, 2:] = IGNORE, IGNORE
+    whole = token_mean(losses(weight, hidden, labels), labels != IGNORE)
+    (wanted,) = torch.autograd.grad(whole, weight)
+
+    seq = ShardedSequence(13, manager.topology)
+    rows = slice(2 * manager.rank("data"), 2 * manager.rank("data") + 2)
+    own_hidden, own_labels = seq.shard(hidden[rows]), seq.shard(labels[rows])
+    group, size = manager.group("data_sequence"), manager.size("data_sequence")
+    loss = token_mean(
+        losses(weight, own_hidden, own_labels), own_labels != IGNORE, group, size if averaged else 1
+    )
+    (grad,) = torch.autograd.grad(loss, weight)
+    dist.all_reduce(grad, group=group)
+    grad = grad / size if averaged else grad
+    return (loss - whole).abs().item(), (grad - wanted).abs().max().item()
+
+
+@pytest.mark.parametrize("averaged", [False, True], ids=["host sums", "host averages"])
+def test_gradients_after_the_host_equal_one_process(
+    world: Callable[[int], World], averaged: bool
+) -> None:
+    for difference in world(4).run(ring_against_one_process, averaged):
+        assert max(difference) < 1e-14
+
+
+def test_nothing_to_count_is_zero_and_not_nan() -> None:
+    losses = torch.tensor([float("inf"), 1.0], requires_grad=True)
+    loss = token_mean(losses, torch.zeros(2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert losses.grad is not None and losses.grad.tolist() == [0.0, 0.0]
