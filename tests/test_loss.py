@@ -5,9 +5,10 @@ import torch
 import torch.distributed as dist
 from conftest import World
 from ranks import groups
+from torch import Tensor
+
 from ring_sp import ShardedSequence
 from ring_sp.loss import IGNORE, shift_labels, token_mean
-from torch import Tensor
 
 VOCAB = 11
 
