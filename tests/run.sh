@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every check of this repository; arguments go to pytest, with paths from the repository root:
+#
+#   bash tests/run.sh [ARGUMENTS]         in .venv, which it makes: ruff, mypy, and all but the gpu tests
+#   bash tests/run.sh --gpu [ARGUMENTS]   with the python3 at hand, installing nothing: only the gpu tests
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ ${1:-} == --gpu ]]; then
+    shift
+    exec python3 -m pytest -m gpu "$@"
+fi
+
+failed=()
+
+step() {
+    printf '\n== %s\n' "$*"
+    .venv/bin/python -m "$@" || failed+=("$1")
+}
+
+bash examples/environment.sh megatron,cli,test
+step ruff check .
+step ruff format --check .
+step mypy
+step pytest "$@"
+if ((${#failed[@]})); then
+    printf '\nfailed: %s\n' "${failed[*]}"
+    exit 1
+fi
