@@ -166,7 +166,8 @@ def grid_shape(world_size: int, sizes: dict[str, int]) -> tuple[int, ...]:
             f"{product} needs a multiple of {model} ranks; the world has {world_size}. "
             f"Start more processes or choose smaller sizes."
         )
-    return tuple({**sizes, "data": world_size // model}[name] for name in AXES)
+    sizes = {**sizes, "data": world_size // model}
+    return tuple(sizes.get(name, 1) for name in AXES)
 
 
 def grid_groups(shape: Sequence[int], dims: Sequence[int]) -> list[list[int]]:

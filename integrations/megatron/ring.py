@@ -1,0 +1,56 @@
+"""What the ring layers of a Megatron model share, and how a batch tells them its sequence.
+
+Megatron's name for our sequence-parallel group is the context-parallel group, and it is kept here.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch.distributed import ProcessGroup
+
+from ring_sp import ProcessGroupManager, ShardedSequence, Topology
+from ring_sp.masks import Mask
+
+
+class MegatronRing:
+    """The topology inside the context-parallel group, the layout, the kernel, and the sequences
+    made so far."""
+
+    def __init__(self, topology: Topology, layout: str = "zigzag", kernel: str = "auto") -> None:
+        self.topology, self.layout, self.kernel = topology, layout, kernel
+        # A model meets few lengths and masks at a time; packed batches bring a new mask each.
+        self.sequence = lru_cache(maxsize=16)(self._sequence)
+
+    @classmethod
+    def from_group(
+        cls,
+        group: ProcessGroup,
+        *,
+        layout: str = "zigzag",
+        kernel: str = "auto",
+        ulysses: int = 1,
+        outer: int = 1,
+    ) -> "MegatronRing":
+        """Divide Megatron's context-parallel group into outer x ring x Ulysses.
+
+        Collective over the group where `ulysses` or `outer` exceeds 1: call it once, right after
+        `initialize_model_parallel`. Raises ValueError for sizes that do not divide the group.
+        """
+        topology = ProcessGroupManager.from_group(group, ulysses=ulysses, outer=outer).topology
+        return cls(topology, layout, kernel)
+
+    def _sequence(self, seq_len: int, mask: Mask) -> ShardedSequence:
+        return ShardedSequence(seq_len, self.topology, mask, self.layout)
+
+
+@dataclass
+class RingSequenceParams(PackedSeqParams):
+    """The sequence of a batch, carried to every layer as `packed_seq_params`.
+
+    For a mask that Megatron's arguments cannot say, such as packed documents; without it the
+    layers take the batch as one causal sequence of local length times context-parallel size.
+    """
+
+    qkv_format: str = "sbhd"
+    sequence: ShardedSequence | None = None
