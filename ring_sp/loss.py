@@ -30,6 +30,7 @@ def token_mean(
     counted: Tensor,
     group: dist.ProcessGroup | None = None,
     averaged_over: int = 1,
+    count: Tensor | None = None,
 ) -> Tensor:
     """The mean of `losses` over the tokens that are `counted`, on all ranks of `group` together.
 
@@ -37,13 +38,15 @@ def token_mean(
     where nothing is counted at all. The gradient on a rank is that of its own tokens, so that the
     sum over ranks is the gradient of the mean, however unevenly the counted tokens lie.
     `averaged_over` is the number of ranks over which the host averages gradients afterwards (1
-    where it sums them); it scales the gradient and not the value. `group` None is one process.
-    Collective over `group`.
+    where it sums them); it scales the gradient and not the value. Where gradients accumulate over
+    several batches, `count` is the number of counted tokens of all of them on all ranks, and the
+    results add up to the mean. `group` None is one process. Collective over `group`.
     """
     total = losses.masked_fill(~counted, 0).sum()
-    count = counted.sum()
-    if group is not None:
-        dist.all_reduce(count, group=group)
+    if count is None:
+        count = counted.sum()
+        if group is not None:
+            dist.all_reduce(count, group=group)
     return _SumOverRanks.apply(total, group, averaged_over) / count.clamp_min(1)
 
 

@@ -1,143 +1,18 @@
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
 import torch
 from conftest import World
-from oracle import attention, dense_mask
-from ranks import groups, raised, sequence
+from ranks import groups, sequence
+from ringed import Case, Heads, assert_exact, got, inputs, relative
 from torch import Tensor
 from visibility import cases
 
 from ring_sp import ShardedSequence, layout, masks, ring_attention
 
 MASKS = tuple(cases(24))
-Heads = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of ring_attention and what surrounds it."""
-
-    mask: str = "causal"
-    layout: str = "zigzag"
-    seq_len: int = 29
-    kv_len: int | None = None
-    heads: Heads = (4, 2)
-    head_dim: int = 8
-    v_head_dim: int = 5
-    scale: float | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    dtype: torch.dtype = torch.float64
-
-    @property
-    def accumulation(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest wanted value; where both are infinite they must agree."""
-    if got.shape != wanted.shape or not torch.equal(got.isinf(), wanted.isinf()):
-        return float("inf")
-    got, wanted = got.masked_fill(got.isinf(), 0), wanted.masked_fill(wanted.isinf(), 0)
-    return ((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
-
-
-def inputs(case: Case, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Whole q, k, v, sinks and the cotangents of out and lse; the same on every rank that asks
-    with one seed.
-    """
-    make = torch.Generator().manual_seed(seed)
-    kv_len, (heads, kv_heads) = case.kv_len or case.seq_len, case.heads
-    shapes = [
-        (2, case.seq_len, heads, case.head_dim),
-        (2, kv_len, kv_heads, case.head_dim),
-        (2, kv_len, kv_heads, case.v_head_dim),
-        (heads,),
-        (2, case.seq_len, heads, case.v_head_dim),
-        (2, heads, case.seq_len),
-    ]
-    made = [
-        torch.randn(*shape, generator=make, dtype=torch.float64).to(case.dtype) for shape in shapes
-    ]
-    return [x.requires_grad_() for x in made[:4]], [made[4], made[5].to(case.accumulation)]
-
-
-def wanted(case: Case, seed: int) -> list[Tensor]:
-    """Whole out, lse, dq, dk, dv, dsinks, unsharded."""
-    (q, k, v, sinks), (dout, dlse) = inputs(case, seed)
-    visible = dense_mask(cases(max(q.shape[1], k.shape[1]))[case.mask][1], q.shape[1], k.shape[1])
-    out, lse = attention(q, k, v, visible, case.scale, case.softcap, sinks if case.sinks else None)
-    finite = lse.masked_fill(lse.isinf(), 0)
-    loss = (out * dout).sum() + (finite * dlse).sum() + 0 * sinks.sum()
-    return [out, lse, *torch.autograd.grad(loss, (q, k, v, sinks))]
-
-
-def got(case: Case, seed: int, queries: ShardedSequence, keys: ShardedSequence) -> list[Tensor]:
-    """This rank's out, lse, dq, dk, dv, dsinks."""
-    (q, k, v, sinks), (dout, dlse) = inputs(case, seed)
-    parts = [x.detach() for x in (queries.shard(q), keys.shard(k), keys.shard(v), sinks)]
-    parts = [x.requires_grad_() for x in parts]
-    out, lse = ring_attention(
-        parts[0],
-        parts[1],
-        parts[2],
-        queries,
-        None if keys is queries else keys,
-        scale=case.scale,
-        softcap=case.softcap,
-        sinks=parts[3] if case.sinks else None,
-        return_lse=True,
-    )
-    finite = lse.masked_fill(lse.isinf(), 0)
-    loss = (
-        (out * queries.shard(dout)).sum()
-        + (finite * queries.shard(dlse, 2)).sum()
-        + 0 * parts[3].sum()
-    )
-    return [out, lse, *torch.autograd.grad(loss, parts)]
-
-
-def errors(sizes: dict[str, int], checked: list[Case]) -> list[tuple[float, str, Case]]:
-    """On one rank: how far each result is from unsharded attention, worst case first."""
-    manager, found = groups(**sizes), []
-    seed = manager.rank("data") * 10 + manager.rank("tensor")
-    for case in checked:
-        seq_len, kv_len = case.seq_len, case.kv_len or case.seq_len
-        mask = cases(max(seq_len, kv_len))[case.mask][0]
-        queries = ShardedSequence(seq_len, manager.topology, mask, case.layout)
-        keys = (
-            queries
-            if case.kv_len is None
-            else ShardedSequence(kv_len, manager.topology, layout=case.layout)
-        )
-        out, lse, dq, dk, dv, dsinks = wanted(case, seed)
-        locals_ = [
-            queries.shard(out),
-            queries.shard(lse, 2),
-            queries.shard(dq),
-            keys.shard(dk),
-            keys.shard(dv),
-        ]
-        results = got(case, seed, queries, keys)
-        results[5] = results[5].contiguous()
-        torch.distributed.all_reduce(results[5], group=manager.group("sequence"))
-        for name, mine, oracle in zip(
-            ("out", "lse", "dq", "dk", "dv", "dsinks"), results, [*locals_, dsinks], strict=True
-        ):
-            found.append((relative(mine, oracle), name, case))
-    return sorted(found, key=lambda entry: entry[0], reverse=True)
-
-
-def assert_exact(
-    ranks: World, sizes: dict[str, int], checked: list[Case], bound: float = 1e-12
-) -> None:
-    worst = max(
-        (found[0] for found in ranks.run(errors, sizes, checked)), key=lambda entry: entry[0]
-    )
-    assert worst[0] < bound, worst
 
 
 TOPOLOGIES: list[tuple[int, dict[str, int], Heads]] = [
@@ -320,104 +195,6 @@ def checkpointed_equals_plain() -> bool:
         checkpoint(ring_attention, q, k, v, seq, use_reentrant=False), (q, k, v), grad
     )
     return all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-
-
-def bad_calls() -> dict[str, str]:
-    """The messages of calls that are wrong on every rank, and of some that only rank 1 gets
-    wrong.
-    """
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype)
-
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        seq_len: int = 16,
-        sizes: dict[str, int] | None = None,
-        mask: masks.Mask | None = None,
-        **options: object,
-    ) -> str:
-        seq = sequence(sizes or {"ring": 2}, seq_len, mask=mask)
-        return raised(ring_attention, q, k, v, seq, **options)
-
-    def same(x: Tensor, seq_len: int = 16) -> str:
-        return call(x, x, x, seq_len)
-
-    x = make(1, 8, 4, 8)
-    other = torch.distributed.get_rank() == 1
-    seq = ShardedSequence(17, groups(ring=2).topology)
-    return {
-        "3 dimensions": call(x[0], x, x),
-        "dtypes": call(x, x.double(), x),
-        "integers": call(x.long(), x.long(), x.long()),
-        "heads": call(x, make(1, 8, 3, 8), make(1, 8, 3, 8)),
-        "kv heads": call(x, make(1, 8, 2, 8), x),
-        "head dims": call(x, make(1, 8, 4, 6), x),
-        "batches": call(x, make(2, 8, 4, 8), make(2, 8, 4, 8)),
-        "whole sequence": call(make(1, 16, 4, 8), x, x),
-        "keys": call(x, make(1, 9, 4, 8), make(1, 9, 4, 8)),
-        "uneven": raised(ring_attention, x, x, x, seq),
-        "sinks": call(x, x, x, sinks=torch.zeros(3)),
-        "kernel": call(x, x, x, kernel="fast"),
-        "ulysses": call(make(1, 8, 3, 8), make(1, 8, 3, 8), make(1, 8, 3, 8), sizes={"ulysses": 2}),
-        "empty": call(make(0, 8, 4, 8), make(0, 8, 4, 8), make(0, 8, 4, 8)),
-        "rank 1 dtype": same(x.double() if other else x),
-        "rank 1 heads": call(x, x if not other else x[:, :, :3], x if not other else x[:, :, :3]),
-        "rank 1 mask": call(x, x, x, mask=masks.documents([0, 8 + other])),
-        "rank 1 length": same(make(1, 9, 4, 8) if other else x, seq_len=18 if other else 16),
-        "steps": raised(
-            ring_attention,
-            x,
-            x,
-            x,
-            sequence({"ring": 2}, 16, layout="striped"),
-            sequence({"ring": 2}, 16, layout="zigzag"),
-        ),
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    {
-        "3 dimensions": r"q must be \[batch, tokens, heads, head dim\]",
-        "dtypes": "one floating-point dtype.*float64",
-        "integers": "one floating-point dtype",
-        "heads": "3 does not divide 4",
-        "kv heads": "k and v must have the same tokens and heads",
-        "head dims": "one head dimension",
-        "batches": "one batch size",
-        "whole sequence": r"q must hold this rank's 8 tokens.*sequence.shard.*\(1, 16, 4, 8\)",
-        "keys": "kv_sequence",
-        "uneven": "9 tokens",
-        "sinks": r"sinks must be \[4\]",
-        "kernel": "auto, reference; got 'fast'",
-        "ulysses": "2 divides; got 3",
-        "empty": "none of them 0",
-        "rank 1 dtype": "same call.*float32.*float64",
-        "rank 1 heads": "3 does not divide 4",
-        "rank 1 mask": "same call.*checksum",
-        "rank 1 length": "same call.*18 tokens",
-        "steps": "the same layout",
-    }.items(),
-)
-def test_bad_input_is_refused_on_every_rank(
-    world: Callable[[int], World], name: str, message: str
-) -> None:
-    import re
-
-    for answers in refusals(world):
-        assert re.search(message, answers[name], re.DOTALL), answers[name] or "no error"
-
-
-_answers: list[dict[str, str]] = []
-
-
-def refusals(world: Callable[[int], World]) -> list[dict[str, str]]:
-    if not _answers:
-        _answers.extend(world(2).run(bad_calls))
-    return _answers
 
 
 def test_dropout_is_refused() -> None:

@@ -9,7 +9,7 @@ from ring_sp.kernels.contract import Call, State, Step, accumulation_dtype, empt
 from ring_sp.kernels.merge import merge
 from ring_sp.regions import Tile
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = 128
 """Query rows whose scores exist at a time: bounds memory, and skips most of what a causal tile
 hides.
 """
