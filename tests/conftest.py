@@ -16,12 +16,13 @@ class World:
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "ring_sp"])
+        context.set_forkserver_preload(["ring_sp.integrations.megatron"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._pipes: list[Connection] = []
         self._ranks = []
+        self.closed = False
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
@@ -47,10 +48,13 @@ class World:
             if error:
                 errors.append(f"\nrank {rank}:\n{error}")
         if errors:
+            self.close()
             pytest.fail("".join(errors))
         return results
 
     def close(self) -> None:
+        """Ranks that failed may have left the others in the middle of a collective."""
+        self.closed = True
         for process in self._ranks:
             process.kill()
 
@@ -81,7 +85,7 @@ def world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
 
     def of(size: int) -> World:
-        if size not in worlds:
+        if size not in worlds or worlds[size].closed:
             worlds[size] = World(size)
         return worlds[size]
 

@@ -13,10 +13,10 @@ def groups(tensor: int = 1, ring: int = 1, ulysses: int = 1, outer: int = 1) -> 
 
 
 def raised(function, *args, **kwargs) -> str:  # type: ignore[no-untyped-def]
-    """The message of the ValueError that a call raises; "" if it raises none."""
+    """The message of the ValueError or NotImplementedError of a call; "" if it raises none."""
     try:
         function(*args, **kwargs)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         return str(error)
     return ""
 

@@ -1,0 +1,229 @@
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import World
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import raised
+from ringed import relative
+from torch import Tensor
+
+from ring_sp import masks
+from ring_sp.integrations.megatron import (
+    MegatronRing,
+    RingCoreAttention,
+    RingSequenceParams,
+    use_ring_positions,
+    with_ring_attention,
+)
+
+SEQ_LEN, VOCAB, BATCH = 48, 32, 2
+Result = tuple[Tensor, dict[str, Tensor]]
+DOCUMENTS = masks.documents([0, 7, 30, SEQ_LEN])
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the ranks of a world share a GPT."""
+
+    tensor: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    outer: int = 1
+    layout: str = "zigzag"
+    mask: masks.Mask | None = None
+    positions: str = "rope"
+    groups: int = 2
+    interleaved: bool = False
+
+
+def config(case: Case, **options: object) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=case.groups,
+        tensor_model_parallel_size=case.tensor,
+        context_parallel_size=case.ring,
+        rotary_interleaved=case.interleaved,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        **{"attention_dropout": 0.0, **options},
+    )
+
+
+@cache
+def rings(case: Case) -> MegatronRing:
+    return MegatronRing.from_group(
+        parallel_state.get_context_parallel_group(),
+        layout=case.layout,
+        ulysses=case.ulysses,
+        outer=case.outer,
+    )
+
+
+def start(case: Case) -> MegatronRing:
+    """The ring of this case, in Megatron's groups: those at hand if their sizes fit."""
+    if not parallel_state.is_initialized() or (case.tensor, case.ring) != (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    ):
+        rings.cache_clear()
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=case.tensor, context_parallel_size=case.ring
+        )
+    return rings(case)
+
+
+def gpt(case: Case, ring: MegatronRing) -> GPTModel:
+    torch.manual_seed(3)
+    model = GPTModel(
+        config(case),
+        with_ring_attention(get_gpt_layer_local_spec(), ring),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQ_LEN,
+        position_embedding_type=case.positions,
+    )
+    use_ring_positions(model, ring)
+    return model.double()
+
+
+def run(case: Case, data_rank: int) -> Result:
+    """This rank's logits for the batch of a data rank, and the gradients of its weights."""
+    ring = start(case)
+    model = gpt(case, ring)
+    make = torch.Generator().manual_seed(5 + data_rank)
+    tokens = torch.randint(VOCAB, (BATCH, SEQ_LEN), generator=make)
+    cotangent = torch.randn(BATCH, SEQ_LEN, VOCAB, generator=make, dtype=torch.float64)
+    sequence = ring.sequence(SEQ_LEN, case.mask or masks.causal())
+    params = RingSequenceParams(sequence=sequence) if case.mask else None
+    positions = sequence.positions().expand(BATCH, -1)
+    logits = model(sequence.shard(tokens), positions, None, packed_seq_params=params)
+    own = sequence.shard(cotangent).chunk(case.tensor, -1)
+    (logits * own[parallel_state.get_tensor_model_parallel_rank()]).sum().backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    return logits.detach(), {name: g for name, g in gradients.items() if g is not None}
+
+
+def errors(case: Case, whole: list[Result]) -> list[tuple[float, str]]:
+    """How far logits and summed gradients are from those of a rank by itself, which has each data
+    rank's batch in turn; worst first.
+    """
+    ring, data_rank = start(case), parallel_state.get_data_parallel_rank()
+    logits, gradients = run(case, data_rank)
+    column = parallel_state.get_tensor_model_parallel_rank()
+    sequence = ring.sequence(SEQ_LEN, case.mask or masks.causal())
+    got = {"logits": logits}
+    wanted = {"logits": sequence.shard(whole[data_rank][0]).chunk(case.tensor, -1)[column]}
+    for name, gradient in gradients.items():
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(gradient, group=group)
+        got[name], wanted[name] = gradient, torch.stack([one[1][name] for one in whole]).sum(0)
+        for dim, size in enumerate(gradient.shape):
+            if wanted[name].shape[dim] != size:
+                wanted[name] = wanted[name].chunk(case.tensor, dim)[column]
+    return sorted(((relative(got[name], wanted[name]), name) for name in got), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [
+        (1, Case()),
+        (4, Case(ring=4)),
+        (4, Case(ring=4, layout="striped", mask=DOCUMENTS)),
+        (4, Case(ring=4, layout="contiguous", interleaved=True)),
+        (4, Case(tensor=2, ring=2, mask=DOCUMENTS)),
+        (4, Case(tensor=2, ring=2, layout="striped", positions="learned_absolute")),
+        (4, Case(ring=4, groups=1)),
+        (4, Case(ring=4, ulysses=2, mask=DOCUMENTS)),
+        (4, Case(ring=4, outer=2, layout="striped")),
+        (4, Case(ring=2, layout="contiguous", mask=masks.sliding_window(9))),
+        (8, Case(tensor=2, ring=2, mask=DOCUMENTS)),
+        (8, Case(tensor=2, ring=4, ulysses=2, layout="striped")),
+    ],
+    ids=str,
+)
+def test_a_gpt_on_many_ranks_equals_one_rank(
+    world: Callable[[int], World], size: int, case: Case
+) -> None:
+    alone = replace(case, tensor=1, ring=1, ulysses=1, outer=1)
+    data_size = size // (case.tensor * case.ring)
+    whole = [world(1).run(run, alone, rank)[0] for rank in range(data_size)]
+    for worst, *_ in world(size).run(errors, case, whole):
+        assert worst[0] < 1e-12, worst
+
+
+def core(ring: MegatronRing | None = None, **options: object) -> RingCoreAttention:
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+    kind = str(options.pop("attention_type", "self"))
+    case = Case(ring=groups.cp.size())
+    return RingCoreAttention(
+        config(case, **options), 1, AttnMaskType.causal, kind, pg_collection=groups, ring=ring
+    )
+
+
+def refusals() -> dict[str, str]:
+    """What each misuse raises on this rank."""
+    ring, x = start(Case(ring=2)), torch.zeros(4, 1, 4, 8)
+    bare = MegatronRing.from_group(
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    )
+    attend, empty = core(ring), ModuleSpec(module=torch.nn.Identity)
+    thd = PackedSeqParams(qkv_format="thd")
+    return {
+        "dropout": raised(core, attention_dropout=0.1),
+        "window": raised(core, window_size=(8, 0)),
+        "sinks": raised(core, softmax_type="learnable"),
+        "cross": raised(core, attention_type="cross"),
+        "another ring": raised(core, bare),
+        "mask tensor": raised(attend, x, x, x, torch.ones(1, 1, 8, 8)),
+        "mask type": raised(attend, x, x, x, None, AttnMaskType.padding),
+        "bias": raised(attend, x, x, x, None, attention_bias=x),
+        "thd": raised(attend, x, x, x, None, packed_seq_params=thd),
+        "nothing to replace": raised(with_ring_attention, empty, ring),
+        "ulysses": raised(MegatronRing.from_group, ring.topology.group, ulysses=3),
+        "layout": raised(MegatronRing(ring.topology, "spiral").sequence, 8, masks.causal()),
+    }
+
+
+def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World]) -> None:
+    messages = {
+        "dropout": "attention_dropout 0.1; use 0",
+        "window": "window_size (8, 0)",
+        "sinks": "softmax_type 'learnable'",
+        "cross": "attention_type 'cross'",
+        "another ring": "made for 1 context-parallel ranks, Megatron has 2",
+        "mask tensor": "RingSequenceParams",
+        "mask type": "got AttnMaskType.padding",
+        "bias": "no attention bias",
+        "thd": "masks.documents(cu_seqlens)",
+        "nothing to replace": "no core_attention to replace",
+        "ulysses": "has 2 ranks",
+        "layout": "got 'spiral'",
+    }
+    for answers in world(2).run(refusals):
+        for name, message in messages.items():
+            assert message in answers[name], (name, answers[name])
+
+
+def test_without_a_ring_the_core_takes_the_context_parallel_group(
+    world: Callable[[int], World],
+) -> None:
+    assert world(2).run(sizes_of_a_bare_core) == [2, 2]
+
+
+def sizes_of_a_bare_core() -> int:
+    start(Case(ring=2))
+    return core().ring.topology.ring_size
