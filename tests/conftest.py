@@ -12,9 +12,9 @@ import pytest
 
 
 class World:
-    """`size` processes with torch.distributed over gloo."""
+    """`size` processes with torch.distributed: over gloo, or over NCCL with a GPU each."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["ring_sp.integrations.megatron"])
         with socket.socket() as free:
@@ -25,7 +25,9 @@ class World:
         self.closed = False
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(backend, rank, size, port, theirs), daemon=True
+            )
             process.start()
             self._pipes.append(ours)
             self._ranks.append(process)
@@ -59,13 +61,16 @@ class World:
             process.kill()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _serve(backend: str, rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(f"cuda:{rank}")
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
     )
     while True:
         try:
@@ -92,3 +97,13 @@ def world() -> Iterator[Callable[[int], World]]:
     yield of
     for started in worlds.values():
         started.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_world() -> Iterator[World]:
+    """A rank on each GPU of this machine."""
+    import torch
+
+    started = World(torch.cuda.device_count(), "nccl")
+    yield started
+    started.close()

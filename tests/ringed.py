@@ -57,8 +57,12 @@ def inputs(case: Case, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         (2, case.seq_len, heads, case.v_head_dim),
         (2, heads, case.seq_len),
     ]
+    # Drawn on the CPU, so that every device sees the same numbers.
     made = [
-        torch.randn(*shape, generator=make, dtype=torch.float64).to(case.dtype) for shape in shapes
+        torch.randn(*shape, generator=make, dtype=torch.float64, device="cpu").to(
+            torch.get_default_device(), case.dtype
+        )
+        for shape in shapes
     ]
     return [x.requires_grad_() for x in made[:4]], [made[4], made[5].to(case.accumulation)]
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import World
+
+pytest.importorskip("megatron")
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
