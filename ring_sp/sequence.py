@@ -34,12 +34,16 @@ class ShardedSequence:
     ) -> None:
         """`seq_len` in tokens; `mask` defaults to causal, `topology` to one rank by itself.
 
-        Raises ValueError for an unknown layout, fewer tokens than ranks, or a mask longer than the
-        sequence; on every rank, without communication.
+        Raises ValueError for an unknown layout, a mask that is none or longer than the sequence,
+        or fewer tokens than ranks; on every rank, without communication.
         """
         self.seq_len, self.layout = seq_len, layout
         self.topology = topology or Topology()
-        self.mask = mask or masks.causal()
+        self.mask = masks.causal() if mask is None else mask
+        if not isinstance(self.mask, Mask):
+            raise ValueError(
+                f"mask must be made by a function of ring_sp.masks, such as causal(); got {mask!r}"
+            )
         peers = self.topology.ulysses.size
         if seq_len < self.topology.size:
             raise ValueError(

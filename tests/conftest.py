@@ -15,7 +15,8 @@ class World:
     """`size` processes with torch.distributed: over gloo, or over NCCL with a GPU each."""
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
-        context = multiprocessing.get_context("forkserver")
+        # A fork of a process that has touched CUDA cannot use it.
+        context = multiprocessing.get_context("spawn" if backend == "nccl" else "forkserver")
         context.set_forkserver_preload(["ring_sp.integrations.megatron"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
