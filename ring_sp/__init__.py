@@ -2,11 +2,15 @@
 
 from ring_sp import layout, masks
 from ring_sp.attention import ring_attention
+from ring_sp.modules import AttentionConfig, RingAttention, RingTransformer
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import ProcessGroupManager, Topology
 
 __all__ = [
+    "AttentionConfig",
     "ProcessGroupManager",
+    "RingAttention",
+    "RingTransformer",
     "ShardedSequence",
     "Topology",
     "layout",

@@ -6,6 +6,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 import pytest
@@ -16,7 +17,11 @@ class World:
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
         # A fork of a process that has touched CUDA cannot use it.
-        context = multiprocessing.get_context("spawn" if backend == "nccl" else "forkserver")
+        context: SpawnContext | ForkServerContext = (
+            multiprocessing.get_context("spawn")
+            if backend == "nccl"
+            else multiprocessing.get_context("forkserver")
+        )
         context.set_forkserver_preload(["ring_sp.integrations.megatron"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

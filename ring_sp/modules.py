@@ -1,0 +1,298 @@
+"""Attention and a decoder over sharded sequences, for those without a host framework.
+
+Both shard a whole sequence themselves, or take this rank's part and the sequence that it is part
+of. Either way every rank of the topology gets the whole gradient of every parameter, as one process
+would; a plain optimizer, or DistributedDataParallel over the world, goes on from there. Parameters
+must start equal: seed every rank alike, or load a state_dict, which is the same for any topology.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn import functional
+
+from ring_sp import masks
+from ring_sp.attention import ring_attention
+from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.loss import IGNORE, token_mean
+from ring_sp.masks import Mask
+from ring_sp.rotary import Rotation, rotate, rotation
+from ring_sp.sequence import ShardedSequence
+from ring_sp.topology import Topology
+from ring_sp.ulysses import kv_replication
+
+KEPT_SEQUENCES = 8
+"""Sequences that a module remembers: more lengths and masks than most training alternates."""
+
+Part = tuple[Tensor, ShardedSequence]
+"""This rank's tokens [B, local_len, ...], and the sequence whose part they are."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """`num_kv_heads` defaults to num_heads, `head_dim` to dim // num_heads; `rotary_base` None is
+    no rotary embedding; the last three go to `ring_attention`. Raises ValueError for sizes that do
+    not fit.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    bias: bool = False
+    rotary_base: float | None = 10000.0
+    scale: float | None = None
+    softcap: float | None = None
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        sizes = (self.dim, self.num_heads, self.num_kv_heads, self.head_dim)
+        if any(size is not None and size < 1 for size in sizes):
+            raise ValueError(f"sizes must be at least 1; got {self}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads; got {self}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim, or give head_dim; got {self}")
+        if self.rotary_base is not None and self.head_size % 2:
+            raise ValueError(f"rotary needs an even head_dim, or rotary_base=None; got {self}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+
+class RingAttention(nn.Module):
+    """Multi-head attention with its projections, and rotary embedding by global position."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        topology: Topology | None = None,
+        mask: Mask | None = None,
+        layout: str = "zigzag",
+    ) -> None:
+        """`topology` defaults to one rank, `mask` to causal. Raises ValueError for heads that the
+        Ulysses ranks do not divide.
+        """
+        super().__init__()
+        self.config = config
+        self.sequences = _Sequences(topology or Topology(), mask, layout)
+        kv_replication(config.num_heads, config.kv_heads, self.sequences.topology.ulysses.size)
+        q_dim, kv_dim = (n * config.head_size for n in (config.num_heads, config.kv_heads))
+        self.wq = nn.Linear(config.dim, q_dim, config.bias)
+        self.wk = nn.Linear(config.dim, kv_dim, config.bias)
+        self.wv = nn.Linear(config.dim, kv_dim, config.bias)
+        self.wo = nn.Linear(q_dim, config.dim, config.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        sequence: ShardedSequence | None = None,
+        context_sequence: ShardedSequence | None = None,
+        mask: Mask | None = None,
+    ) -> Tensor:
+        """Without `sequence`, x [B, S, dim] is whole and equal on every rank, and so are the result
+        and the gradient of x; `mask` replaces the module's own. With it, x is this rank's part [B,
+        local_len, dim], and so is the result; the mask is the sequence's.
+
+        `context` [B, Sc, dim], whole or with its `context_sequence` just as x is, gives keys and
+        values: cross attention, without rotary embedding. The mask then rules over the positions of
+        both, and is mostly `masks.full()`. Collective over the topology. Raises ValueError, before
+        any communication, for input that does not fit.
+        """
+        for name, given in (("x", x), ("context", x if context is None else context)):
+            if given.dim() != 3 or given.shape[::2] != (x.shape[0], self.config.dim):
+                need = f"[batch, tokens, {self.config.dim}], of one batch size"
+                raise ValueError(f"{name} must be {need}; got shape {tuple(given.shape)}")
+        if (context_sequence is None) != (context is None or sequence is None):
+            came = f"{sequence} and {context_sequence}"
+            raise ValueError(f"x and context must both be whole or both be sharded; got {came}")
+        queries = keys = self.sequences.part(x, sequence, mask)
+        turn = rotation(queries[1], x, self.config.head_size, self.config.rotary_base)
+        if context is not None:
+            everyone = None if context_sequence else masks.full()
+            keys, turn = self.sequences.part(context, context_sequence, everyone), None
+        out = _replicated(self, self.attend, queries, keys, turn)
+        return queries[1].unshard(out) if sequence is None else out
+
+    def attend(self, queries: Part, keys: Part, turn: Rotation | None) -> Tensor:
+        """`forward` of this rank's part, for a module that sums gradients itself: the parameters
+        get this rank's share. `keys` is `queries` but for cross attention; `turn` is from `rotary`.
+        """
+        (x, sequence), (source, kv_sequence), config = queries, keys, self.config
+        q, k, v = (
+            projected.unflatten(-1, (-1, config.head_size))
+            for projected in (self.wq(x), self.wk(source), self.wv(source))
+        )
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        options: dict[str, Any] = {"scale": config.scale, "softcap": config.softcap}
+        out = ring_attention(q, k, v, sequence, kv_sequence, kernel=config.kernel, **options)
+        return self.wo(out.flatten(2))
+
+
+class RingTransformer(nn.Module):
+    """A decoder-only language model: RMSNorm before rotary attention and before SwiGLU."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        depth: int,
+        attention: AttentionConfig,
+        ff_multiple: int = 3,
+        tied: bool = True,
+        topology: Topology | None = None,
+        mask: Mask | None = None,
+        layout: str = "zigzag",
+    ) -> None:
+        """The feed-forward is ff_multiple * dim wide; a `tied` head is the embedding's weight."""
+        super().__init__()
+        dim, self.config = attention.dim, attention
+        self.sequences = _Sequences(topology or Topology(), mask, layout)
+        self.embedding = nn.Embedding(vocab_size, dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(
+            _Block(RingAttention(attention, topology, mask, layout), ff_multiple * dim)
+            for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        sequence: ShardedSequence | None = None,
+        mask: Mask | None = None,
+    ) -> Tensor:
+        """Without `sequence`, tokens [B, S] are whole and equal on every rank, and so are the
+        logits [B, S, vocab]; `mask` replaces the module's own. With it, tokens are this rank's part
+        [B, local_len], and so are the logits; the mask is the sequence's.
+
+        With `labels`, from `loss.shift_labels` of the whole tokens and cut as tokens are: the mean
+        loss over all tokens of the sequence whose label is not IGNORE, the same on every rank.
+        Collective over the topology. Raises ValueError, before any communication, for input that
+        does not fit.
+        """
+        for name, given in (("tokens", tokens), ("labels", tokens if labels is None else labels)):
+            if given.dim() != 2 or given.shape != tokens.shape or given.dtype.is_floating_point:
+                raise ValueError(
+                    f"{name} must be integers [batch, tokens], labels one for each token; got "
+                    f"{given.dtype} {tuple(given.shape)} with tokens {tuple(tokens.shape)}"
+                )
+        tokens, place = self.sequences.part(tokens, sequence, mask)
+        if labels is not None and sequence is None:
+            labels = place.shard(labels)
+        out = _replicated(self, self._local, tokens, labels, place)
+        return place.unshard(out) if labels is None and sequence is None else out
+
+    def _local(self, tokens: Tensor, labels: Tensor | None, sequence: ShardedSequence) -> Tensor:
+        x = self.embedding(tokens)
+        turn = rotation(sequence, x, self.config.head_size, self.config.rotary_base)
+        for block in self.blocks:
+            x = block(x, sequence, turn)
+        logits = functional.linear(self.norm(x), (self.head or self.embedding).weight)
+        if labels is None:
+            return logits
+        labels, scores = labels.flatten(), logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
+        losses = functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="none")
+        group = sequence.topology.group if sequence.topology.size > 1 else None
+        return token_mean(losses, labels != IGNORE, group)
+
+
+class _Block(nn.Module):
+    def __init__(self, attention: RingAttention, width: int) -> None:
+        super().__init__()
+        dim = attention.config.dim
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.attention = attention
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.up = nn.Linear(dim, 2 * width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor, sequence: ShardedSequence, turn: Rotation | None) -> Tensor:
+        part = self.attention_norm(x), sequence
+        x = x + self.attention.attend(part, part, turn)
+        gate, up = self.up(self.feed_forward_norm(x)).chunk(2, -1)
+        return x + self.down(functional.silu(gate) * up)
+
+
+class _Sequences:
+    """Where the sequences of a module live; remembers the last few, with tiles and agreements."""
+
+    def __init__(self, topology: Topology, mask: Mask | None, layout: str) -> None:
+        self.topology, self.layout = topology, layout
+        self.mask = masks.causal() if mask is None else mask
+        self._kept: dict[tuple[int, Mask], ShardedSequence] = {}
+
+    def part(self, x: Tensor, sequence: ShardedSequence | None, mask: Mask | None) -> Part:
+        """This rank's part of x [B, tokens, ...], which is whole unless its `sequence` is given.
+        Raises ValueError for a sequence that does not fit.
+        """
+        if sequence is None:
+            sequence = self._of(x.shape[1], self.mask if mask is None else mask)
+            return sequence.shard(x), sequence
+        for met, need in (
+            (mask is None, f"a sharded call has the mask of its sequence, not {mask} too"),
+            (sequence.topology == self.topology, "sequence and module need the same topology"),
+            (x.shape[1] == sequence.local_len, f"pass {sequence.local_len} tokens, sequence.shard"),
+        ):
+            if not met:
+                raise ValueError(f"{need}; got shape {tuple(x.shape)}, sequence of {sequence}")
+        return x, sequence
+
+    def _of(self, seq_len: int, mask: Mask) -> ShardedSequence:
+        key = seq_len, mask
+        known = self._kept.pop(key, None)
+        self._kept[key] = known or ShardedSequence(seq_len, self.topology, mask, self.layout)
+        if len(self._kept) > KEPT_SEQUENCES:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Sequences":
+        """Itself: only facts, and process groups, which cannot be copied."""
+        return self
+
+
+def _replicated(module: Any, method: Callable[..., Tensor], *args: Any) -> Tensor:
+    """method(*args), with the gradients of the module's parameters summed over its ranks."""
+    topology: Topology = module.sequences.topology
+    trained = {f"module.{n}": p for n, p in module.named_parameters() if p.requires_grad}
+    if topology.size == 1 or not trained:
+        return method(*args)
+    copies = _Replicate.apply(topology.group, *trained.values())
+    call = nn.Module()  # functional_call takes a module; this one calls the method.
+    call.module, call.forward = module, method
+    return functional_call(call, dict(zip(trained, copies, strict=True)), args)
+
+
+class _Replicate(torch.autograd.Function):
+    """Gives the tensors; backward sums their gradients over the group, all in one message."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dtype = reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
+        flat = torch.cat([grad.flatten().to(dtype) for grad in grads])
+        dist.all_reduce(flat, group=ctx.group)
+        sums = flat.split([grad.numel() for grad in grads])
+        return None, *(x.view_as(g).to(g.dtype) for x, g in zip(sums, grads, strict=True))
