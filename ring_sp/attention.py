@@ -52,6 +52,8 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+# The compiler breaks its graph here; the private name is the one that does not import it for all.
+@torch._disable_dynamo
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -139,7 +141,8 @@ class _RingAttention(torch.autograd.Function):
         def visit(seen: Tensor, source: int) -> None:
             nonlocal state
             keys, values = wire.split(seen)
-            state = setting.kernel.forward(q, keys, values, setting.step(source), state)
+            with torch.autocast(seen.device.type, enabled=False):
+                state = setting.kernel.forward(q, keys, values, setting.step(source), state)
 
         message = Message(
             lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device
@@ -154,7 +157,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, kv, out, lse = ctx.saved_tensors
+        q, own, out, lse = ctx.saved_tensors
         setting, wire = ctx.setting, ctx.wire
         dtype = accumulation_dtype(q.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2) - dlse
@@ -163,16 +166,18 @@ class _RingAttention(torch.autograd.Function):
         def visit(seen: Tensor, source: int) -> Tensor:
             nonlocal dq
             dkv = torch.empty_like(seen, dtype=dtype)
-            dq = setting.kernel.backward(
-                dout, q, wire.split(seen), (lse, delta), setting.step(source), dq, wire.split(dkv)
-            )
+            kv, rows = wire.split(seen), (lse, delta)
+            with torch.autocast(seen.device.type, enabled=False):
+                dq = setting.kernel.backward(
+                    dout, q, kv, rows, setting.step(source), dq, wire.split(dkv)
+                )
             return dkv
 
         message = Message(
-            lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device, dtype
+            lambda source: wire.numel(setting.plan.kv_len(source)), own.dtype, own.device, dtype
         )
-        total = ring_pass(kv, setting.topology.rings, visit, setting.plan.needs, message)
-        dkv = torch.zeros_like(kv) if total is None else total.to(kv.dtype)
+        total = ring_pass(own, setting.topology.rings, visit, setting.plan.needs, message)
+        dkv = torch.zeros_like(own) if total is None else total.to(own.dtype)
         dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
         return dq, *wire.split(dkv), None
 

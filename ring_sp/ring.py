@@ -196,7 +196,7 @@ class _Sums:
         following, own = (ring.rank - hop - 1) % ring.size, routes[ring.rank]
         if routes[following].first <= hop < routes[following].last:
             self._arrived = self._transfer.receive(message.sums_buffer(following), ring.rank - 1)
-        if own.first <= hop == own.last and hop:
+        if hop == own.last and hop:
             self._home = self._transfer.receive(message.sums_buffer(ring.rank), ring.rank + hop)
         self._transfer.start()
 

@@ -98,14 +98,8 @@ class ShardedSequence:
         """
         keys = kv_sequence or self
         if keys not in self._plans:
-            regions = (
-                self._regions
-                if keys is self
-                else self.mask.regions(max(self.seq_len, keys.seq_len))
-            )
-            self._plans[keys] = Plan(
-                self.ring_shards, keys.ring_shards, regions, self.topology.ring_rank
-            )
+            rank = self.topology.ring_rank
+            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, rank)
         return self._plans[keys]
 
     @cached_property

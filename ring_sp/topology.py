@@ -114,7 +114,8 @@ class ProcessGroupManager:
         """Subdivide a host's sequence-parallel group into outer x ring x Ulysses; the ring is what
         is left.
 
-        Collective over `group` where `ulysses` or `outer` exceeds 1; else no new group is made.
+        Where `ulysses` or `outer` exceeds 1 this makes new groups, and every rank of the world must
+        call it at one point, each with its own group; else it communicates with nobody.
         Raises ValueError, before any communication, for sizes below 1 or that do not divide the
         group.
         """
@@ -124,13 +125,11 @@ class ProcessGroupManager:
         if len(ranks) % (ulysses * outer):
             raise ValueError(
                 f"the sequence-parallel group has {len(ranks)} ranks, which outer {outer} x "
-                f"ulysses {ulysses} does not "
-                f"divide. Choose sizes whose product divides {len(ranks)}."
+                f"ulysses {ulysses} does not divide. Choose sizes whose product divides it."
             )
-        sizes = (outer, len(ranks) // (outer * ulysses), ulysses)
-        axes = {name: _part(group, sizes, dim) for dim, name in enumerate(SEQUENCE)}
+        shape = (outer, len(ranks) // (outer * ulysses), ulysses)
+        axes = dict(zip(SEQUENCE, _parts(group, shape), strict=True))
         axes["sequence"] = _axis(group)
-        _connect(axes[name] for name in SEQUENCE if axes[name].group is not group)
         return cls(Topology(axes["outer"], axes["ring"], axes["ulysses"], group), axes)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
@@ -214,14 +213,24 @@ def _joined(axes: dict[str, Axis], mesh: DeviceMesh, names: Sequence[str]) -> Ax
     return _axis(group)
 
 
-def _part(group: dist.ProcessGroup, sizes: tuple[int, ...], dim: int) -> Axis:
-    """This rank's place along one dimension of a group laid out as a row-major grid."""
-    if sizes[dim] == 1:
-        return Axis()
-    if sizes[dim] == prod(sizes):
-        return _axis(group)
-    ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
-    places = next(places for places in grid_groups(sizes, [dim]) if own in places)
-    # Only members call: the host's other groups need not reach this point.
-    part = dist.new_group([ranks[place] for place in places], use_local_synchronization=True)
-    return Axis(places.index(own), sizes[dim], part)
+def _parts(group: dist.ProcessGroup, shape: tuple[int, ...]) -> list[Axis]:
+    """This rank's place along each dimension of a group laid out as a row-major grid."""
+    whole = [_axis(group) if size == prod(shape) else Axis() for size in shape]
+    if shape[SEQUENCE.index("ring")] == prod(shape):
+        return whole
+    # All ranks make all groups in one order: torch names a group that only its members make by the
+    # number of groups they are in, and those whose numbers differ wait for each other for ever.
+    asked: list[tuple[list[int], tuple[int, ...]]] = [([], ())] * dist.get_world_size()
+    dist.all_gather_object(asked, (dist.get_process_group_ranks(group), shape))
+    made: list[tuple[int, Axis]] = []
+    for ranks, grid in sorted({(tuple(ranks), grid) for ranks, grid in asked}):
+        for dim in (dim for dim, size in enumerate(grid) if 1 < size < prod(grid)):
+            for places in grid_groups(grid, [dim]):
+                members = [ranks[place] for place in places]
+                part = dist.new_group(members)
+                if dist.get_rank() in members:
+                    made.append((dim, _axis(part)))
+    for dim, axis in made:
+        whole[dim] = axis
+    _connect(axis for _, axis in made)
+    return whole

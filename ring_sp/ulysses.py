@@ -2,6 +2,7 @@
 differentiably.
 """
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ def kv_replication(heads: int, kv_heads: int, size: int) -> int:
             f"Ulysses over {size} ranks needs a number of query heads that {size} divides; "
             f"got {heads}. Use fewer Ulysses ranks and a longer ring."
         )
-    groups = heads // kv_heads
-    return next(n for n in range(1, groups + 1) if groups % n == 0 and kv_heads * n % size == 0)
+    return size // gcd(kv_heads, size)
 
 
 def to_heads(x: Tensor, peers: Axis, lens: tuple[int, ...]) -> Tensor:

@@ -90,6 +90,14 @@ def _serve(backend: str, rank: int, size: int, port: int, pipe: Connection) -> N
             pipe.send((None, traceback.format_exc()))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Two threads take many times as long over shapes as small as these."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """world(4).run(function, ...) calls a module-level function on 4 ranks."""

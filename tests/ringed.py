@@ -37,7 +37,7 @@ class Case:
 
 def relative(got: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest wanted value; where both are infinite they must agree."""
-    if got.shape != wanted.shape or not torch.equal(got.isinf(), wanted.isinf()):
+    if got.shape != wanted.shape or not torch.equal(got.isfinite(), wanted.isfinite()):
         return float("inf")
     got, wanted = got.masked_fill(got.isinf(), 0), wanted.masked_fill(wanted.isinf(), 0)
     return ((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()

@@ -201,3 +201,31 @@ def test_dropout_is_refused() -> None:
     x = torch.zeros(1, 8, 2, 4)
     with pytest.raises(NotImplementedError, match=r"dropout_p=0\.1"):
         ring_attention(x, x, x, ShardedSequence(8), dropout_p=0.1)
+
+
+def test_autocast_does_not_reach_into_the_accumulation() -> None:
+    seq = ShardedSequence(40)
+    q, k, v = (torch.randn(1, 40, 2, 16, requires_grad=True) for _ in range(3))
+    plain = ring_attention(q, k, v, seq)
+    wanted = torch.autograd.grad(plain.square().sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ring_attention(q, k, v, seq)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip((out, *grads), (plain, *wanted), strict=True))
+
+
+def test_a_compiled_function_may_call_it(world: Callable[[int], World]) -> None:
+    assert max(world(2).run(compiled_against_eager)) < 1e-14
+
+
+def compiled_against_eager() -> float:
+    def model(q: Tensor, k: Tensor, v: Tensor, seq: ShardedSequence) -> Tensor:
+        return ring_attention(q.sin(), k * 2, v, seq).square()
+
+    seq = sequence({"ring": 2}, 13)
+    parts = [torch.randn(1, seq.local_len, 2, 4, dtype=torch.float64) for _ in range(3)]
+    q, k, v = (part.requires_grad_() for part in parts)
+    compiled = torch.compile(model, backend="eager")
+    (here,) = torch.autograd.grad(compiled(q, k, v, seq).sum(), k)
+    (there,) = torch.autograd.grad(model(q, k, v, seq).sum(), k)
+    return relative(here, there)
