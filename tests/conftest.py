@@ -38,7 +38,7 @@ class World:
             self._pipes.append(ours)
             self._ranks.append(process)
 
-    def run(self, function: Callable[..., Any], *args: object, timeout: float = 60) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: object, timeout: float = 300) -> list[Any]:
         """What `function(*args)` returns on each rank; an error on any fails the test that
         called.
         """
