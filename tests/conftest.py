@@ -1,4 +1,4 @@
-"""Ranks for the tests: processes that speak gloo, spawned once for each world size and reused."""
+"""Ranks for the tests: processes that speak gloo, spawned once a module for each world size."""
 
 import multiprocessing
 import pickle
@@ -98,9 +98,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world() -> Iterator[Callable[[int], World]]:
-    """world(4).run(function, ...) calls a module-level function on 4 ranks."""
+    """world(4).run(function, ...) calls a module-level function on 4 ranks.
+
+    A module's own: each gloo group keeps a thread that polls, and those of many modules together
+    would take all of the machine's time.
+    """
     worlds: dict[int, World] = {}
 
     def of(size: int) -> World:
