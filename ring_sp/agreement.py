@@ -1,6 +1,7 @@
 """Refuse a call that does not fit, on every rank and before any rank waits for another."""
 
 from collections.abc import Hashable
+from math import inf, isfinite
 from typing import Any
 
 import torch.distributed as dist
@@ -45,7 +46,12 @@ def require_fit(
             f"shapes without tokens {shapes}; {sequence}, checksum {sequence.checksum}; "
             f"keys {keys.seq_len} tokens {keys.layout}; scale, softcap, kernel {options}"
         )
-        _agree(sequence, call, signature, _problem(q, k, v, sequence, keys, sinks))
+        _agree(
+            sequence,
+            call,
+            signature,
+            _problem(q, k, v, sequence, keys, sinks) or _option(*options[:2]),
+        )
 
 
 def _problem(
@@ -102,6 +108,14 @@ def _problem(
             sequence.plan(keys).tiles(source)
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _option(scale: float | None, softcap: float | None) -> str | None:
+    if scale is not None and not (isinstance(scale, int | float) and isfinite(scale)):
+        return f"scale must be None or a finite number; got {scale}"
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
+        return f"softcap must be None or a finite number above 0; got {softcap}"
     return None
 
 

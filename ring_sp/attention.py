@@ -109,7 +109,10 @@ def ring_attention(
     lse = lse.squeeze(-1).transpose(1, 2)
     if sinks is not None:
         joint = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        out, lse = (out * weight(lse - joint)).to(out.dtype), joint
+        out, lse = (
+            (out * weight(lse - joint.clamp_min(torch.finfo(joint.dtype).min))).to(out.dtype),
+            joint,
+        )
     return (out, lse) if return_lse else out
 
 

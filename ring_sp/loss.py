@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring_sp.kernels.contract import accumulation_dtype
+
 IGNORE = -100
 """Label of a token that has no loss."""
 
@@ -15,13 +17,20 @@ def shift_labels(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Ten
     """The next token of each token, [B, S] -> [B, S]; `IGNORE` for the last of the sequence.
 
     Call it on whole sequences, before they are sharded: the next token may live on another rank.
-    With `cu_seqlens`, as for `masks.documents`, the last token of each document is ignored too.
+    With `cu_seqlens`, as for `masks.documents`, the last token of each document and the padding
+    after the last are ignored too. Raises ValueError for tokens of a type that cannot hold
+    `IGNORE`, or cu_seqlens beyond the sequence.
     """
+    if tokens.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"tokens must be int16, int32 or int64; got {tokens.dtype}")
+    if cu_seqlens is not None and cu_seqlens[-1] > tokens.shape[1]:
+        raise ValueError(f"cu_seqlens end at {cu_seqlens[-1]}, tokens at {tokens.shape[1]}")
     labels = torch.roll(tokens, -1, dims=1)
     labels[:, -1] = IGNORE
     if cu_seqlens is not None:
         ends = torch.as_tensor(cu_seqlens, device=tokens.device)[1:] - 1
         labels[:, ends[ends >= 0]] = IGNORE
+        labels[:, int(cu_seqlens[-1]) :] = IGNORE
     return labels
 
 
@@ -42,6 +51,7 @@ def token_mean(
     several batches, `count` is the number of counted tokens of all of them on all ranks, and the
     results add up to the mean. `group` None is one process. Collective over `group`.
     """
+    losses = losses.to(accumulation_dtype(losses.dtype))
     total = losses.masked_fill(~counted, 0).sum()
     if count is None:
         count = counted.sum()

@@ -229,3 +229,17 @@ def compiled_against_eager() -> float:
     (here,) = torch.autograd.grad(compiled(q, k, v, seq).sum(), k)
     (there,) = torch.autograd.grad(model(q, k, v, seq).sum(), k)
     return relative(here, there)
+
+
+@pytest.mark.parametrize("options", [{"softcap": -1.5}, {"softcap": 0.0}, {"scale": float("nan")}])
+def test_scores_without_a_meaning_are_refused(options: dict[str, float]) -> None:
+    x = torch.zeros(1, 8, 2, 4)
+    with pytest.raises(ValueError, match="must be None or a finite number"):
+        ring_attention(x, x, x, ShardedSequence(8), **options)  # type: ignore[call-overload]
+
+
+def test_no_sink_for_a_query_that_sees_nothing_gives_zeros() -> None:
+    x = torch.randn(1, 6, 2, 4)
+    seq = ShardedSequence(6, mask=masks.documents([0, 4]))
+    out = ring_attention(x, x, x, seq, sinks=torch.full((2,), -torch.inf))
+    assert out.isfinite().all() and out[:, 4:].eq(0).all()

@@ -25,6 +25,10 @@ def test_no_document_predicts_the_first_token_of_the_next() -> None:
     tokens = torch.arange(8)[None]
     labels = shift_labels(tokens, [0, 0, 3, 4, 7])
     assert labels.tolist() == [[1, 2, IGNORE, IGNORE, 5, 6, IGNORE, IGNORE]]
+    padded = shift_labels(torch.arange(6)[None], [0, 3])
+    assert padded.tolist() == [[1, 2, IGNORE, IGNORE, IGNORE, IGNORE]]
+    with pytest.raises(ValueError, match=r"got torch\.uint8"):
+        shift_labels(torch.zeros(1, 4, dtype=torch.uint8))
 
 
 def losses(weight: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -73,3 +77,8 @@ def test_nothing_to_count_is_zero_and_not_nan() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert losses.grad is not None and losses.grad.tolist() == [0.0, 0.0]
+
+
+def test_half_precision_losses_are_summed_in_float32() -> None:
+    losses = torch.full((70_000,), 2.0, dtype=torch.float16)
+    assert token_mean(losses, torch.ones(70_000, dtype=torch.bool)).item() == 2.0

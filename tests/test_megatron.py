@@ -229,3 +229,14 @@ def test_without_a_ring_the_core_takes_the_context_parallel_group(
 def sizes_of_a_bare_core() -> int:
     start(Case(ring=2))
     return core().ring.topology.ring_size
+
+
+def test_a_cast_to_bf16_leaves_the_angles_alone(world: Callable[[int], World]) -> None:
+    assert all(world(1).run(angles_survive_bf16))
+
+
+def angles_survive_bf16() -> bool:
+    ring = start(Case())
+    model, sequence = gpt(Case(), ring), ring.sequence(4096, masks.causal())
+    before = model.rotary_pos_emb(sequence)
+    return torch.equal(before, model.bfloat16().rotary_pos_emb(sequence))

@@ -34,8 +34,8 @@ class MegatronRing:
     ) -> "MegatronRing":
         """Divide Megatron's context-parallel group into outer x ring x Ulysses.
 
-        Collective over the group where `ulysses` or `outer` exceeds 1: call it once, right after
-        `initialize_model_parallel`. Raises ValueError for sizes that do not divide the group.
+        Where `ulysses` or `outer` exceeds 1, every rank of the world must call it: once, right
+        after `initialize_model_parallel`. Raises ValueError for sizes that do not divide the group.
         """
         topology = ProcessGroupManager.from_group(group, ulysses=ulysses, outer=outer).topology
         return cls(topology, layout, kernel)

@@ -26,7 +26,10 @@ class RingRotaryEmbedding(nn.Module):
         self.ring = ring
         self.interleaved: bool = stock.rotary_interleaved
         self.scale: float = 1 / (stock.seq_len_interpolation_factor or 1)
-        self.register_buffer("_frequencies", stock.inv_freq.float(), persistent=False)
+        # A plain attribute: Megatron's bf16 models cast every floating-point buffer, and angles in
+        # bf16 are off by radians within a few thousand tokens. The marker follows the model.
+        self._frequencies = stock.inv_freq.float()
+        self.register_buffer("_marker", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def get_rotary_seq_len(
         self,
@@ -54,7 +57,7 @@ class RingRotaryEmbedding(nn.Module):
 
     def forward(self, sequence: ShardedSequence, **_: Any) -> Tensor:
         """Angles [local_len, 1, 1, rotary dim] in radians, float32."""
-        frequencies = self.get_buffer("_frequencies")
+        frequencies = self._frequencies = self._frequencies.to(self.get_buffer("_marker").device)
         positions = sequence.positions(frequencies.device).float() * self.scale
         angles = torch.outer(positions, frequencies)
         if self.interleaved:
