@@ -1,4 +1,4 @@
-"""Refuse a call that does not fit, on every rank and before any rank waits for another."""
+"""Refuse a call that does not fit: on every rank the first time, later on the ranks that see it."""
 
 from collections.abc import Hashable
 from math import inf, isfinite

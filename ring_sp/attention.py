@@ -81,8 +81,8 @@ def ring_attention(
     over the keys and the sink, in float32 (float64 for float64 inputs); both are differentiable,
     once. A query that sees nothing gets zeros and lse = -inf (the sink's logit where there is one).
 
-    Raises ValueError on every rank for tensors that do not fit each other or the sequences, and
-    NotImplementedError for dropout.
+    Raises ValueError, on every rank in the first call of its kind, for tensors that do not fit each
+    other or the sequences, and NotImplementedError for dropout.
     """
     keys = kv_sequence or sequence
     require_fit(q, k, v, sequence, keys, sinks, (scale, softcap, kernel))

@@ -63,7 +63,7 @@ class ShardedSequence:
 
     @cached_property
     def lens(self) -> tuple[int, ...]:
-        """Tokens of each rank; they differ by at most one or two."""
+        """Tokens of each rank; they differ by at most one."""
         return tuple(map(shard_len, self.shards))
 
     @property
