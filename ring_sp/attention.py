@@ -127,7 +127,9 @@ class _Setting:
     softcap: float | None
 
     def step(self, source: int) -> Step:
-        return Step(self.plan.tiles(source), self.scale, self.softcap)
+        plan = self.plan
+        final, derived = source == plan.final, plan.derived[source]
+        return Step(plan.tiles(source), self.scale, self.softcap, final, derived)
 
 
 class _RingAttention(torch.autograd.Function):
@@ -152,7 +154,6 @@ class _RingAttention(torch.autograd.Function):
         )
         ring_pass(kv, setting.topology.rings, visit, setting.plan.needs, message)
         out, lse = state or empty_state(q, v)
-        out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.setting, ctx.wire = setting, wire
         return out, lse
@@ -181,8 +182,7 @@ class _RingAttention(torch.autograd.Function):
         )
         total = ring_pass(own, setting.topology.rings, visit, setting.plan.needs, message)
         dkv = torch.zeros_like(own) if total is None else total.to(own.dtype)
-        dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
-        return dq, *wire.split(dkv), None
+        return torch.zeros_like(q) if dq is None else dq, *wire.split(dkv), None
 
 
 @dataclass(frozen=True)

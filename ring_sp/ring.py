@@ -124,6 +124,15 @@ def ring_pass(
     )
 
 
+def visiting_order(rings: tuple[Axis, ...]) -> list[int]:
+    """The sources in the order in which `ring_pass` visits them on this rank."""
+    sources = [0]
+    for ring in rings:
+        hops = [(ring.rank - hop) % ring.size for hop in range(ring.size)]
+        sources = [source * ring.size + peer for source in sources for peer in hops]
+    return sources
+
+
 @dataclass(frozen=True)
 class _Route:
     """First and last hop at which a source's tensor is needed; it stops at `last`, and sums

@@ -1,7 +1,9 @@
 """Where one sequence lives: the join of topology, layout and mask."""
 
-from collections.abc import Hashable, Iterator
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 from zlib import crc32
 
@@ -15,6 +17,7 @@ from ring_sp import masks
 from ring_sp.layout import Shard, shard_len
 from ring_sp.masks import Mask, Tile
 from ring_sp.regions import Regions
+from ring_sp.ring import visiting_order
 from ring_sp.topology import Topology
 
 
@@ -98,8 +101,8 @@ class ShardedSequence:
         """
         keys = kv_sequence or self
         if keys not in self._plans:
-            rank = self.topology.ring_rank
-            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, rank)
+            order = visiting_order(self.topology.rings)
+            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, order)
         return self._plans[keys]
 
     @cached_property
@@ -122,21 +125,30 @@ class Plan:
     """The tiles in which the queries of each station of a ring meet the keys of each other."""
 
     def __init__(
-        self, q_shards: tuple[Shard, ...], kv_shards: tuple[Shard, ...], regions: Regions, rank: int
+        self,
+        q_shards: tuple[Shard, ...],
+        kv_shards: tuple[Shard, ...],
+        regions: Regions,
+        order: Sequence[int],
     ) -> None:
-        self._q_shards, self._kv_shards, self._regions, self._rank = (
-            q_shards,
-            kv_shards,
-            regions,
-            rank,
-        )
+        """`order` is that of this rank's visits, its own keys first."""
+        self._q_shards, self._kv_shards, self._regions = q_shards, kv_shards, regions
+        self._order = order
         self._tiles: dict[int, tuple[Tile, ...]] = {}
         self._needs: dict[tuple[int, int], bool] = {}
+        self.derived: defaultdict[int, dict[Hashable, Any]] = defaultdict(dict)
+        """What kernels keep with the tiles of each source; see `kernels.contract.Step`."""
+
+    @cached_property
+    def final(self) -> int | None:
+        """The last source that this rank visits; None if it sees nothing."""
+        rank = self._order[0]
+        return next((s for s in reversed(self._order) if self.needs(rank, s)), None)
 
     def tiles(self, source: int) -> tuple[Tile, ...]:
         """What this rank's queries see of the keys of `source`."""
         if source not in self._tiles:
-            self._tiles[source] = tuple(self._meet(self._rank, source))
+            self._tiles[source] = tuple(self._meet(self._order[0], source))
         return self._tiles[source]
 
     def needs(self, rank: int, source: int) -> bool:

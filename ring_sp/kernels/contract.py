@@ -5,8 +5,9 @@ meet the keys at hand, and folds them into the running result. A backend is a mo
 functions of `Kernel`.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from torch import Tensor
 from ring_sp.regions import Tile
 
 State = tuple[Tensor, Tensor]
-"""(out, lse): out [B, Sq, H, Dv] normalised over the keys seen so far, lse [B, H, Sq] natural log.
+"""(out, lse): out [B, Sq, H, Dv] normalised over the keys seen so far, lse [B, H, Sq] natural log
+in the accumulation dtype.
 
-Both have the accumulation dtype. A row that has seen nothing is zero, with lse = -inf.
+A row that has seen nothing is zero, with lse = -inf. Before the final step the dtype of out, and
+that of a dq under way, are the kernel's own; both end in q's dtype.
 """
 
 
@@ -35,16 +38,22 @@ class Call:
 class Step:
     """The tiles of one step (never an empty row in one), and the score: softcap * tanh(scale *
     q.k / softcap).
+
+    `final` marks the last step of a pass, whose out or dq is in q's dtype. `derived` belongs to the
+    tiles and outlives the call: a kernel keeps there, under a key of its own, what it works out
+    from them, such as tables on the device.
     """
 
     tiles: tuple[Tile, ...]
     scale: float
     softcap: float | None = None
+    final: bool = True
+    derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Kernel(Protocol):
-    """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] of one dtype, dense in their last
-    dimension; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
+    """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] and dout [B, Sq, H, Dv] of one dtype,
+    dense in their last dimension; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
     """
 
     __name__: str
@@ -53,7 +62,7 @@ class Kernel(Protocol):
         """Why this kernel cannot serve a call; None if it can."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) -> State:
-        """Fold a step into the state, in place; None starts one."""
+        """Fold a step into the state, whose memory it may reuse; None starts one."""
 
     def backward(
         self,
@@ -65,10 +74,11 @@ class Kernel(Protocol):
         dq: Tensor | None,
         dkv: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Add to dq [B, Sq, H, D], in place, and return it (None starts one); overwrite dk and dv.
+        """Add to dq [B, Sq, H, D], whose memory it may reuse, and return the sum (None starts one);
+        overwrite all of dk and dv, which have the accumulation dtype or q's.
 
-        `rows` is (lse, delta), both [B, H, Sq] over all keys of the sequence, with delta = the sum
-        of dout * out along Dv, less the gradient of lse. dq, dk and dv have the accumulation dtype.
+        `rows` is (lse, delta), both [B, H, Sq] over all keys of the sequence, in the accumulation
+        dtype, with delta = the sum of dout * out along Dv, less the gradient of lse.
         """
 
 

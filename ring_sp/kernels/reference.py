@@ -38,7 +38,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
         out[:, at_q], lse[:, :, at_q] = merge(
             out[:, at_q], lse[:, :, at_q], _ungroup(part), part_lse.flatten(1, 2)
         )
-    return out, lse
+    return out.to(q.dtype) if step.final else out, lse
 
 
 def backward(
@@ -52,9 +52,9 @@ def backward(
 ) -> Tensor:
     """See `contract.Kernel`."""
     (k, v), (dk, dv), (lse, delta) = kv, dkv, rows
-    dq = torch.zeros_like(q, dtype=dk.dtype) if dq is None else dq
-    dk.zero_()
-    dv.zero_()
+    dtype = accumulation_dtype(q.dtype)
+    dq = torch.zeros_like(q, dtype=dtype) if dq is None else dq
+    sums = torch.zeros_like(dk, dtype=dtype), torch.zeros_like(dv, dtype=dtype)
     for tile in _blocks(step.tiles):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         queries, keys, values = (
@@ -70,9 +70,11 @@ def backward(
             # Masked scores are -inf; their weight is zero, which 0 * inf must not undo.
             dscores = dscores * (1 - (scores.clamp_min(-step.softcap) / step.softcap).square())
         dq[:, at_q] += _ungroup(dscores @ keys.unsqueeze(2)) * step.scale
-        dk[:, at_k] += (dscores.mT @ queries).sum(2).transpose(1, 2) * step.scale
-        dv[:, at_k] += (weights.mT @ grads).sum(2).transpose(1, 2)
-    return dq
+        sums[0][:, at_k] += (dscores.mT @ queries).sum(2).transpose(1, 2) * step.scale
+        sums[1][:, at_k] += (weights.mT @ grads).sum(2).transpose(1, 2)
+    dk.copy_(sums[0])
+    dv.copy_(sums[1])
+    return dq.to(q.dtype) if step.final else dq
 
 
 def _scores(queries: Tensor, keys: Tensor, tile: Tile, step: Step) -> Tensor:
