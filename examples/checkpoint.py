@@ -1,6 +1,7 @@
 """Save and resume: a file for each tensor-parallel rank, the same for every ring and data size."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,9 @@ from torch.optim import Optimizer
 LATEST = "latest.txt"
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, arguments: dict[str, Any]
+) -> None:
     """Write what `load` needs to go on after `step` steps. Collective over the world."""
     target = folder / f"step_{step:07d}"
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
@@ -19,6 +22,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> Non
         size = parallel_state.get_tensor_model_parallel_world_size()
         state = {
             "step": step,
+            "arguments": arguments,
             "tensor_model_parallel_size": size,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -33,10 +37,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> Non
     dist.barrier()
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
+def load(folder: Path, model: nn.Module, optimizer: Optimizer, arguments: dict[str, Any]) -> int:
     """Restore the latest checkpoint in place; returns the steps done.
 
-    Raises ValueError if there is none, or if it was saved with another tensor-parallel size.
+    Raises ValueError if there is none, or if it was saved with another tensor-parallel size or
+    other `arguments`.
     """
     if not (folder / LATEST).exists():
         raise ValueError(f"no checkpoint in {folder}: {LATEST} is missing")
@@ -49,6 +54,13 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
             f"{target} was not saved with --tensor-model-parallel-size {size}. Resume with the "
             f"size it was saved with; ring and data sizes may differ."
         )
+    changed = [
+        f"--{name.replace('_', '-')} {saved}, not {arguments[name]}"
+        for name, saved in state["arguments"].items()
+        if saved != arguments[name]
+    ]
+    if changed:
+        raise ValueError(f"{target} was saved with {'; '.join(changed)}. Resume with the same.")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])

@@ -26,24 +26,56 @@ from ring_sp.integrations.megatron import MegatronRing
 from ring_sp.layout import LAYOUTS
 from ring_sp.topology import grid_shape
 
+RESUMED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "seq_length",
+    "global_batch_size",
+    "train_iters",
+    "lr",
+    "min_lr",
+    "lr_warmup_iters",
+    "weight_decay",
+    "clip_grad",
+    "seed",
+    "no_document_mask",
+)
+"""Arguments that say what is trained, on which tokens, at which rate: a resumed run keeps them."""
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
+    return int(text)
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--sequence-parallel-ring", type=int, default=1, metavar="N", help="ranks of one sequence")
+    add(
+        "--sequence-parallel-ring",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="ranks of one sequence",
+    )
     add("--ring-layout", choices=LAYOUTS, default="zigzag", help="who holds which tokens")
-    add("--ring-ulysses", type=int, default=1, help="of the N ranks, trade heads among so many")
-    add("--ring-outer", type=int, default=1, help="outer rings of a double ring")
+    add(
+        "--ring-ulysses", type=positive, default=1, help="of the N ranks, trade heads among so many"
+    )
+    add("--ring-outer", type=positive, default=1, help="outer rings of a double ring")
     add("--ring-kernel", default="auto", help="attention kernel")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="T")
-    add("--num-layers", type=int, default=4)
-    add("--hidden-size", type=int, default=128)
-    add("--num-attention-heads", type=int, default=4)
-    add("--num-query-groups", type=int, default=2)
-    add("--seq-length", type=int, default=512, help="tokens of a training sequence")
-    add("--micro-batch-size", type=int, default=2, help="sequences packed into one pass")
-    add("--global-batch-size", type=int, default=4, help="sequences of a step, on all ranks")
-    add("--train-iters", type=int, default=100)
+    add("--tensor-model-parallel-size", type=positive, default=1, metavar="T")
+    add("--num-layers", type=positive, default=4)
+    add("--hidden-size", type=positive, default=128)
+    add("--num-attention-heads", type=positive, default=4)
+    add("--num-query-groups", type=positive, default=2)
+    add("--seq-length", type=positive, default=512, help="tokens of a training sequence")
+    add("--micro-batch-size", type=positive, default=2, help="sequences packed into one pass")
+    add("--global-batch-size", type=positive, default=4, help="sequences of a step, on all ranks")
+    add("--train-iters", type=positive, default=100)
     add("--lr", type=float, default=2e-3)
     add("--min-lr", type=float, default=2e-4)
     add("--lr-warmup-iters", type=int, default=10)
@@ -52,13 +84,13 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1234)
     add("--fp32", action="store_true", help="fp32 arithmetic on GPUs too")
     add("--no-document-mask", action="store_true", help="attend across document borders")
-    add("--log-interval", type=int, default=10)
-    add("--eval-interval", type=int, default=50)
-    add("--eval-iters", type=int, default=4)
+    add("--log-interval", type=positive, default=10)
+    add("--eval-interval", type=positive, default=50)
+    add("--eval-iters", type=positive, default=4)
     add("--save", type=Path, help="folder for checkpoints")
     add("--load", type=Path, help="folder to resume from")
-    add("--save-interval", type=int, default=50)
-    add("--exit-interval", type=int, help="stop after this step, as if interrupted")
+    add("--save-interval", type=positive, default=50)
+    add("--exit-interval", type=positive, help="stop at a multiple of this, as if interrupted")
     add("--loss-log", type=Path, help="JSON file for the losses and gradient norms of each step")
     return parser.parse_args()
 
@@ -95,7 +127,8 @@ def start_ranks(args: argparse.Namespace) -> tuple[torch.device, MegatronRing]:
 def train(args: argparse.Namespace, trainer: Trainer, first: int) -> list[dict[str, Any]]:
     """Steps `first` to the last one asked for, with a progress bar; what each of them measured."""
     history: list[dict[str, Any]] = []
-    last = min(args.train_iters, args.exit_interval or args.train_iters)
+    interval = args.exit_interval or args.train_iters
+    last = min(args.train_iters, (first // interval + 1) * interval)
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -120,7 +153,7 @@ def train(args: argparse.Namespace, trainer: Trainer, first: int) -> list[dict[s
                 history[-1]["validation_loss"] = validation = trainer.validate()
                 log(f"step {step:5d}  validation loss {validation:.4f}")
             if args.save and (step % args.save_interval == 0 or step == last):
-                save(args.save, step, trainer.model, trainer.optimizer)
+                save(args.save, step, trainer.model, trainer.optimizer, kept_arguments(args))
     return history
 
 
@@ -135,11 +168,17 @@ def describe(args: argparse.Namespace, trainer: Trainer) -> str:
     )
 
 
+def kept_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in RESUMED}
+
+
 def main() -> None:
     args = parse_args()
     device, ring = start_ranks(args)
     trainer = Trainer(args, ring, device)
-    first = load(args.load, trainer.model, trainer.optimizer) if args.load else 0
+    first = 0
+    if args.load:
+        first = load(args.load, trainer.model, trainer.optimizer, kept_arguments(args))
     history = train(args, trainer, first)
     if args.loss_log and dist.get_rank() == 0:
         args.loss_log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,156 +1,76 @@
-"""Refuse a call that does not fit: on every rank the first time, later on the ranks that see it."""
+"""Ranks agree on what they do together before they do it, so that a mistake is named and not
+waited for.
+"""
 
-from collections.abc import Hashable
-from math import inf, isfinite
-from typing import Any
+from collections.abc import Callable
+from itertools import islice
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from ring_sp.sequence import ShardedSequence
+from ring_sp.topology import Topology
 
+KEPT_AGREEMENTS = 10_000
+"""Agreements that a topology remembers; a packed batch with a mask of its own makes two."""
 
-def require_fit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sequence: ShardedSequence,
-    keys: ShardedSequence,
-    sinks: Tensor | None,
-    options: tuple[Any, ...],
-) -> None:
-    """Raise ValueError on every rank if a rank's tensors do not fit; costs a lookup once a call
-    has passed.
-    """
-    common = [(x.shape[:1] + x.shape[2:], x.dtype) for x in (q, k, v)]
-    call = (
-        *common,
-        q.shape[1:2],
-        k.shape[1:2],
-        v.shape[1:2],
-        q.device,
-        k.device,
-        v.device,
-        keys.seq_len,
-        keys.layout,
-        keys.topology,
-        sinks if sinks is None else sinks.shape,
-        options,
-    )
-    if call not in sequence.agreed:
-        shapes = ", ".join(
-            f"{name} {tuple(shape)} {dtype}"
-            for name, (shape, dtype) in zip("qkv", common, strict=True)
-        )
-        signature = (
-            f"shapes without tokens {shapes}; {sequence}, checksum {sequence.checksum}; "
-            f"keys {keys.seq_len} tokens {keys.layout}; scale, softcap, kernel {options}"
-        )
-        _agree(
-            sequence,
-            call,
-            signature,
-            _problem(q, k, v, sequence, keys, sinks) or _option(*options[:2]),
-        )
+Refusal = ValueError | NotImplementedError
+_Report = tuple[str, Refusal | None]
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sequence: ShardedSequence,
-    keys: ShardedSequence,
-    sinks: Tensor | None,
-) -> str | None:
-    """What is wrong with a call, as seen on this rank: what is needed, what came, what to do."""
-    tensors = {"q": q, "k": k, "v": v}
-    for name, x in tensors.items():
-        if x.dim() != 4 or 0 in x.shape:
-            need = "must be [batch, tokens, heads, head dim], none of them 0"
-            return f"{name} {need}; got shape {tuple(x.shape)}"
-    heads, kv_heads = q.shape[2], k.shape[2]
-    needs = (
-        (
-            q.dtype.is_floating_point and q.dtype == k.dtype == v.dtype,
-            "q, k and v must share one floating-point dtype",
-        ),
-        (q.device == k.device == v.device, "q, k and v must be on one device"),
-        (q.shape[0] == k.shape[0] == v.shape[0], "q, k and v must have one batch size"),
-        (k.shape[1:3] == v.shape[1:3], "k and v must have the same tokens and heads"),
-        (q.shape[3] == k.shape[3], "q and k must have one head dimension"),
-        (
-            heads % kv_heads == 0,
-            f"the key heads must divide the query heads; {kv_heads} does not divide {heads}",
-        ),
-        (
-            q.shape[1] == sequence.local_len,
-            f"q must hold this rank's {sequence.local_len} tokens ({sequence}): sequence.shard",
-        ),
-        (
-            k.shape[1] == keys.local_len,
-            f"k and v must hold this rank's {keys.local_len} tokens of their kv_sequence ({keys})",
-        ),
-        (
-            keys.topology == sequence.topology,
-            "kv_sequence must live on the same topology as the sequence of the queries",
-        ),
-        (
-            sinks is None or sinks.shape == (heads,),
-            f"sinks must be [{heads}], one logit for each query head",
-        ),
-    )
-    failed = next((need for met, need in needs if not met), None)
-    if failed:
-        came = (f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
-        return f"{failed}. Got {', '.join(came)}."
+def refusal(check: Callable[[], object]) -> Refusal | None:
+    """The error that a check raises, to be raised on every rank; None if all is well."""
     try:
-        for source in range(sequence.topology.ring_size):
-            sequence.plan(keys).tiles(source)
-    except ValueError as error:
-        return str(error)
+        check()
+    except (ValueError, NotImplementedError) as error:
+        return error
     return None
 
 
-def _option(scale: float | None, softcap: float | None) -> str | None:
-    if scale is not None and not (isinstance(scale, int | float) and isfinite(scale)):
-        return f"scale must be None or a finite number; got {scale}"
-    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
-        return f"softcap must be None or a finite number above 0; got {softcap}"
-    return None
+def agree(
+    topology: Topology, subject: str, terms: str, error: Refusal | None, device_type: str
+) -> None:
+    """Raise on every rank if one brings an error or other terms than the rest; else return, with
+    the communicators for tensors on `device_type` open.
 
-
-def _agree(sequence: ShardedSequence, call: Hashable, signature: str, problem: str | None) -> None:
-    """Raise ValueError on every rank if one found a problem or their signatures differ; else
-    remember `call`.
-
-    Once ranks have agreed on some call, a new problem is raised where it is found: the others may
-    be under way.
+    Terms that were agreed on before cost a lookup and no communication. An error about a `subject`
+    that was agreed on before is raised here alone: the other ranks may be under way.
     """
-    if sequence.agreed and problem is not None:
-        raise ValueError(problem)
-    topology = sequence.topology
-    reports: list[tuple[str, str | None]] = [(signature, problem)] * topology.size
+    known = topology.agreements
+    if error is not None and (terms in known or subject in known):
+        raise error
+    if terms in known:
+        return
+    reports: list[_Report] = [(terms, error)] * topology.size
     if topology.size > 1:
-        dist.all_gather_object(reports, (signature, problem), group=topology.group)
+        dist.all_gather_object(reports, (terms, error), group=topology.group)
     _raise_disagreement(reports, topology.rank)
-    sequence.agreed.add(call)
+    _connect(topology, device_type)
+    known.update({subject: None, terms: None})
+    for oldest in list(islice(known, max(len(known) - KEPT_AGREEMENTS, 0))):
+        del known[oldest]
 
 
-def _raise_disagreement(reports: list[tuple[str, str | None]], rank: int) -> None:
-    problems = {
-        number: problem for number, (_, problem) in enumerate(reports) if problem is not None
-    }
-    if rank in problems:
-        raise ValueError(problems[rank])
-    if problems:
-        number, problem = next(iter(problems.items()))
-        raise ValueError(
-            f"rank {number} of the sequence-parallel group refused its call: {problem}"
-        )
-    for number, (signature, _) in enumerate(reports):
-        if signature != reports[0][0]:
+def _raise_disagreement(reports: list[_Report], rank: int) -> None:
+    errors = {number: error for number, (_, error) in enumerate(reports) if error is not None}
+    if rank in errors:
+        raise errors[rank]
+    if errors:
+        number, error = next(iter(errors.items()))
+        raise type(error)(f"rank {number} of the sequence-parallel group refused its call: {error}")
+    for number, (terms, _) in enumerate(reports):
+        if terms != reports[0][0]:
             raise ValueError(
                 f"all ranks of a sequence-parallel group must make the same call; rank 0 has "
-                f"{reports[0][0]}, rank {number} has {signature}. Give every rank "
-                f"the same batch, heads and sequence."
+                f"{reports[0][0]}, rank {number} has {terms}. Give every rank the same batch, "
+                f"heads and sequence."
             )
+
+
+def _connect(topology: Topology, device_type: str) -> None:
+    """NCCL wants all ranks in the first call of a group, and a ring may use only some."""
+    opened = f"communicators for {device_type}"
+    if opened not in topology.agreements:
+        for axis in (topology.outer, topology.ring, topology.ulysses):
+            if axis.size > 1:
+                dist.all_reduce(torch.zeros(1, device=device_type), group=axis.group)
+    topology.agreements[opened] = None

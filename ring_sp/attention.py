@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ring_sp.agreement import require_fit
-from ring_sp.kernels import Call, Kernel, Step, select
+from ring_sp.fit import Options, fitting_kernel
+from ring_sp.kernels import Kernel, Step
 from ring_sp.kernels.contract import State, accumulation_dtype, empty_state
 from ring_sp.kernels.merge import weight
 from ring_sp.ring import Message, ring_pass
@@ -52,7 +52,24 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-# The compiler breaks its graph here; the private name is the one that does not import it for all.
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    kv_sequence: ShardedSequence | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+# The compiler breaks its graph here. torch.compiler.disable says the same, and imports the compiler.
 @torch._disable_dynamo
 def ring_attention(
     q: Tensor,
@@ -79,26 +96,24 @@ def ring_attention(
     one more key per head, whose value is zero. Returns out [B, local_len, H, Dv] in q's dtype and,
     if `return_lse`, (out, lse) with lse [B, H, local_len], natural log of the sum of exp(score)
     over the keys and the sink, in float32 (float64 for float64 inputs); both are differentiable,
-    once. A query that sees nothing gets zeros and lse = -inf (the sink's logit where there is one).
+    once. The gradients are of this rank's tensors; that of `sinks` is this rank's share, to be
+    summed over ranks as weights' gradients are. A query that sees nothing gets zeros and lse = -inf
+    (the sink's logit where there is one).
 
-    Raises ValueError, on every rank in the first call of its kind, for tensors that do not fit each
-    other or the sequences, and NotImplementedError for dropout.
+    Raises ValueError for tensors that do not fit each other or the sequences, and
+    NotImplementedError for dropout: on every rank in the first call of its kind, later where it is
+    seen. A new kind of call must be new on all ranks: one that only some ranks make leaves the
+    others waiting until torch.distributed's timeout.
     """
-    keys = kv_sequence or sequence
-    require_fit(q, k, v, sequence, keys, sinks, (scale, softcap, kernel))
-    if dropout_p or dropout_seed is not None:
-        raise NotImplementedError(
-            f"attention dropout is not implemented; got dropout_p={dropout_p}. Use 0."
-        )
-    chosen = select(
-        kernel, Call(q.device.type, q.dtype, q.shape[3], v.shape[3], softcap is not None)
-    )
+    keys = sequence if kv_sequence is None else kv_sequence
+    options = Options(scale, softcap, dropout_p, dropout_seed, kernel, return_lse)
+    chosen = fitting_kernel(q, k, v, sequence, keys, sinks, options)
     topology = sequence.topology
     copies = kv_replication(q.shape[2], k.shape[2], topology.ulysses.size)
     q = to_heads(q, topology.ulysses, _peer_lens(sequence))
-    k, v = (
-        to_heads(x.repeat_interleave(copies, 2), topology.ulysses, _peer_lens(keys)) for x in (k, v)
-    )
+    if copies > 1:
+        k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
+    k, v = (to_heads(x, topology.ulysses, _peer_lens(keys)) for x in (k, v))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     setting = _Setting(sequence.plan(keys), topology, chosen, scale, softcap)
     out, lse = _RingAttention.apply(q, k, v, setting)
@@ -139,6 +154,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: _Setting
     ) -> tuple[Tensor, Tensor]:
+        q = q if q.stride(3) == 1 else q.contiguous()
         wire = _Wire.of(k, v)
         kv = wire.join(k, v)
         state: State | None = None
@@ -164,6 +180,7 @@ class _RingAttention(torch.autograd.Function):
         q, own, out, lse = ctx.saved_tensors
         setting, wire = ctx.setting, ctx.wire
         dtype = accumulation_dtype(q.dtype)
+        dout = dout if dout.stride(3) == 1 else dout.contiguous()
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2) - dlse
         dq: Tensor | None = None
 

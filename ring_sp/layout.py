@@ -6,6 +6,7 @@ them.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from operator import index
 
 Shard = tuple[range, ...]
 Layout = Callable[[int, int], tuple[Shard, ...]]
@@ -46,7 +47,7 @@ def shards(seq_len: int, size: int, layout: str) -> tuple[Shard, ...]:
 
     Raises ValueError for an unknown layout, a size below 1, or fewer tokens than ranks.
     """
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if size < 1:
         raise ValueError(f"the number of ranks must be at least 1; got {size}")
@@ -56,6 +57,14 @@ def shards(seq_len: int, size: int, layout: str) -> tuple[Shard, ...]:
             f"Use a longer sequence or fewer sequence-parallel ranks."
         )
     return LAYOUTS[layout](seq_len, size)
+
+
+def whole_number(name: str, value: int) -> int:
+    """`value` as an int. Raises ValueError for what is none, 2.0 and "2" among them."""
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number; got {value!r}") from None
 
 
 def shard_len(shard: Shard) -> int:

@@ -51,26 +51,25 @@ def token_mean(
     several batches, `count` is the number of counted tokens of all of them on all ranks, and the
     results add up to the mean. `group` None is one process. Collective over `group`.
     """
-    losses = losses.to(accumulation_dtype(losses.dtype))
-    total = losses.masked_fill(~counted, 0).sum()
-    if count is None:
-        count = counted.sum()
-        if group is not None:
-            dist.all_reduce(count, group=group)
-    return _SumOverRanks.apply(total, group, averaged_over) / count.clamp_min(1)
+    total = losses.to(accumulation_dtype(losses.dtype)).masked_fill(~counted, 0).sum()
+    sums = torch.stack([total.detach(), counted.sum()]).double()
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    whole, found = sums
+    count = (found if count is None else count).clamp_min(1)
+    return _Mean.apply(total, whole, count, averaged_over)
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _Mean(torch.autograd.Function):
+    """`whole` / `count`, with the gradient that `total`, a part of `whole`, has in it."""
+
     @staticmethod
     def forward(
-        ctx: Any, total: Tensor, group: dist.ProcessGroup | None, averaged_over: int
+        ctx: Any, total: Tensor, whole: Tensor, count: Tensor, averaged_over: int
     ) -> Tensor:
-        ctx.averaged_over = averaged_over
-        total = total.clone()
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return total
+        ctx.count, ctx.averaged_over = count, averaged_over
+        return (whole / count).to(total.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.averaged_over, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0] * ctx.averaged_over / ctx.count.to(grads[0].dtype), None, None, None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ring_sp.layout import Shard
+from ring_sp.layout import Shard, whole_number
 from ring_sp.regions import UNBOUNDED, Region, Regions, Tile, union
 
 
@@ -61,6 +61,10 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     A model whose window of w tokens includes the query itself has left = w - 1.
     Raises ValueError for a negative side.
     """
+    left, right = (
+        side if side is None else whole_number(f"the {name} side of sliding_window", side)
+        for name, side in (("left", left), ("right", right))
+    )
     sides = tuple(UNBOUNDED if side is None else side for side in (left, right))
     if min(sides) < 0:
         raise ValueError(
@@ -75,6 +79,7 @@ def chunked(size: int) -> Mask:
     """Causal attention inside consecutive chunks of `size` tokens. Raises ValueError for size <
     1.
     """
+    size = whole_number("the chunk size", size)
     if size < 1:
         raise ValueError(f"chunked needs a chunk size of at least 1 token; got {size}")
     return Mask(
@@ -92,6 +97,7 @@ def prefix_lm(prefix_len: int) -> Mask:
     """Every query sees the first `prefix_len` keys; the rest is causal. Raises ValueError below
     0.
     """
+    prefix_len = whole_number("prefix_len", prefix_len)
     if prefix_len < 0:
         raise ValueError(f"prefix_lm needs a prefix of 0 tokens or more; got {prefix_len}")
     prefix = [Region(k_stop=prefix_len)] if prefix_len else []
@@ -106,12 +112,12 @@ def documents(cu_seqlens: Sequence[int], inner: Mask | None = None) -> Mask:
     Tokens after the last document are padding: they see nothing and nobody sees them. Raises
     ValueError unless cu_seqlens starts at 0 and never falls.
     """
-    cuts = tuple(map(int, cu_seqlens))
+    cuts = tuple(whole_number("each of cu_seqlens", cut) for cut in cu_seqlens)
     if not cuts or cuts[0] != 0 or any(stop < start for start, stop in pairwise(cuts)):
         raise ValueError(
             f"documents needs cu_seqlens that start at 0 and never fall; got {cuts[:8]}"
         )
-    rule = inner or causal()
+    rule = _inner(inner)
     return Mask(
         "documents",
         (cuts, rule),
@@ -131,13 +137,18 @@ def bidirectional_spans(spans: Sequence[tuple[int, int]], inner: Mask | None = N
 
     For images or other blocks in text. Raises ValueError unless spans ascend without overlap.
     """
-    blocks = tuple((int(start), int(stop)) for start, stop in spans)
+    if any(len(span) != 2 for span in spans):
+        raise ValueError(f"bidirectional_spans needs (start, stop) for each; got {spans[:4]}")
+    blocks = tuple(
+        (whole_number("the start of a span", start), whole_number("the stop of a span", stop))
+        for start, stop in spans
+    )
     edges = [edge for block in blocks for edge in block]
     if sorted(edges) != edges or min(edges, default=0) < 0:
         raise ValueError(
             f"bidirectional_spans needs ascending spans without overlap; got {blocks[:4]}"
         )
-    rule = inner or causal()
+    rule = _inner(inner)
     extra = [Region(start, stop, start, stop) for start, stop in blocks if start < stop]
     min_len = max([rule.min_len, *edges])
     return Mask(
@@ -151,6 +162,12 @@ def tiles(mask: Mask, q_shard: Shard, kv_shard: Shard) -> list[Tile]:
     """
     last = max((span[-1] for span in (*q_shard, *kv_shard)), default=-1)
     return list(mask.regions(max(last + 1, mask.min_len)).tiles(q_shard, kv_shard))
+
+
+def _inner(mask: Mask | None) -> Mask:
+    if mask is not None and not isinstance(mask, Mask):
+        raise ValueError(f"inner must be a mask, such as causal(); got {mask!r}")
+    return mask or causal()
 
 
 def _placed(regions: Iterable[Region], start: int, stop: int) -> Iterator[Region]:

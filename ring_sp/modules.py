@@ -6,16 +6,10 @@ would; a plain optimizer, or DistributedDataParallel over the world, goes on fro
 must start equal: seed every rank alike, or load a state_dict, which is the same for any topology.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.nn import functional
 
 from ring_sp import masks
@@ -23,6 +17,7 @@ from ring_sp.attention import ring_attention
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.loss import IGNORE, token_mean
 from ring_sp.masks import Mask
+from ring_sp.replicated import replicated
 from ring_sp.rotary import Rotation, rotate, rotation
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import Topology
@@ -123,9 +118,9 @@ class RingAttention(nn.Module):
         queries = keys = self.sequences.part(x, sequence, mask)
         turn = rotation(queries[1], x, self.config.head_size, self.config.rotary_base)
         if context is not None:
-            everyone = None if context_sequence else masks.full()
-            keys, turn = self.sequences.part(context, context_sequence, everyone), None
-        out = _replicated(self, self.attend, queries, keys, turn)
+            unruled = None if context_sequence else masks.causal()  # the queries' mask rules
+            keys, turn = self.sequences.part(context, context_sequence, unruled), None
+        out = replicated(self.sequences.topology, self, self.attend, queries, keys, turn)
         return queries[1].unshard(out) if sequence is None else out
 
     def attend(self, queries: Part, keys: Part, turn: Rotation | None) -> Tensor:
@@ -197,7 +192,7 @@ class RingTransformer(nn.Module):
         tokens, place = self.sequences.part(tokens, sequence, mask)
         if labels is not None and sequence is None:
             labels = place.shard(labels)
-        out = _replicated(self, self._local, tokens, labels, place)
+        out = replicated(self.sequences.topology, self, self._local, tokens, labels, place)
         return place.unshard(out) if labels is None and sequence is None else out
 
     def _local(self, tokens: Tensor, labels: Tensor | None, sequence: ShardedSequence) -> Tensor:
@@ -208,7 +203,10 @@ class RingTransformer(nn.Module):
         logits = functional.linear(self.norm(x), (self.head or self.embedding).weight)
         if labels is None:
             return logits
-        labels, scores = labels.flatten(), logits.flatten(0, 1).to(accumulation_dtype(logits.dtype))
+        labels, scores = (
+            labels.flatten().long(),
+            logits.flatten(0, 1).to(accumulation_dtype(logits.dtype)),
+        )
         losses = functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="none")
         group = sequence.topology.group if sequence.topology.size > 1 else None
         return token_mean(losses, labels != IGNORE, group)
@@ -237,6 +235,7 @@ class _Sequences:
     def __init__(self, topology: Topology, mask: Mask | None, layout: str) -> None:
         self.topology, self.layout = topology, layout
         self.mask = masks.causal() if mask is None else mask
+        ShardedSequence(topology.size, topology, layout=layout)  # refuses what is not known
         self._kept: dict[tuple[int, Mask], ShardedSequence] = {}
 
     def part(self, x: Tensor, sequence: ShardedSequence | None, mask: Mask | None) -> Part:
@@ -266,33 +265,3 @@ class _Sequences:
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Sequences":
         """Itself: only facts, and process groups, which cannot be copied."""
         return self
-
-
-def _replicated(module: Any, method: Callable[..., Tensor], *args: Any) -> Tensor:
-    """method(*args), with the gradients of the module's parameters summed over its ranks."""
-    topology: Topology = module.sequences.topology
-    trained = {f"module.{n}": p for n, p in module.named_parameters() if p.requires_grad}
-    if topology.size == 1 or not trained:
-        return method(*args)
-    copies = _Replicate.apply(topology.group, *trained.values())
-    call = nn.Module()  # functional_call takes a module; this one calls the method.
-    call.module, call.forward = module, method
-    return functional_call(call, dict(zip(trained, copies, strict=True)), args)
-
-
-class _Replicate(torch.autograd.Function):
-    """Gives the tensors; backward sums their gradients over the group, all in one message."""
-
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(x.view_as(x) for x in tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dtype = reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
-        flat = torch.cat([grad.flatten().to(dtype) for grad in grads])
-        dist.all_reduce(flat, group=ctx.group)
-        sums = flat.split([grad.numel() for grad in grads])
-        return None, *(x.view_as(g).to(g.dtype) for x, g in zip(sums, grads, strict=True))

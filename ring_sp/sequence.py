@@ -14,7 +14,8 @@ from torch.autograd.function import FunctionCtx
 
 from ring_sp import layout as layouts
 from ring_sp import masks
-from ring_sp.layout import Shard, shard_len
+from ring_sp.agreement import agree, refusal
+from ring_sp.layout import Shard, shard_len, whole_number
 from ring_sp.masks import Mask, Tile
 from ring_sp.regions import Regions
 from ring_sp.ring import visiting_order
@@ -40,8 +41,12 @@ class ShardedSequence:
         Raises ValueError for an unknown layout, a mask that is none or longer than the sequence,
         or fewer tokens than ranks; on every rank, without communication.
         """
-        self.seq_len, self.layout = seq_len, layout
-        self.topology = topology or Topology()
+        self.seq_len, self.layout = whole_number("seq_len", seq_len), layout
+        self.topology = Topology() if topology is None else topology
+        if not isinstance(self.topology, Topology):
+            raise ValueError(
+                f"topology must be a Topology, such as manager.topology; got {topology!r}"
+            )
         self.mask = masks.causal() if mask is None else mask
         if not isinstance(self.mask, Mask):
             raise ValueError(
@@ -61,8 +66,8 @@ class ShardedSequence:
         """The tokens of each rank."""
         self._regions = self.mask.regions(seq_len)
         self._plans: WeakKeyDictionary[ShardedSequence, Plan] = WeakKeyDictionary()
-        self.agreed: set[Hashable] = set()
-        """The calls on which the ranks have agreed; see agreement.py."""
+        self.served: dict[Hashable, Any] = {}
+        """The calls that are known to fit, and what serves them."""
 
     @cached_property
     def lens(self) -> tuple[int, ...]:
@@ -90,9 +95,14 @@ class ShardedSequence:
         """The whole tensor on every rank from the ranks' parts, local_len long along `dim`.
 
         All ranks must go on with the same computation: each takes its own part of the gradient.
-        Raises ValueError for another length.
+        Raises ValueError for a part of another length, or parts that are not alike, on every rank.
         """
-        self._check_len(x, dim, self.local_len, "this rank's part")
+        if (x.shape, x.dtype, x.device, dim) not in self.served:
+            error = refusal(lambda: self._check_len(x, dim, self.local_len, "this rank's part"))
+            shape = [size for axis, size in enumerate(x.shape) if axis != dim % max(x.dim(), 1)]
+            terms = f"parts {x.dtype} {shape} along {dim} on {x.device.type} of {self.place}"
+            agree(self.topology, self.place, terms, error, x.device.type)
+            self.served[x.shape, x.dtype, x.device, dim] = None
         return _Unshard.apply(x, self, dim)
 
     def plan(self, kv_sequence: "ShardedSequence | None" = None) -> "Plan":
@@ -106,9 +116,12 @@ class ShardedSequence:
         return self._plans[keys]
 
     @cached_property
-    def checksum(self) -> int:
-        """A number that two ranks with different masks will hardly share."""
-        return crc32(repr(self.mask).encode())
+    def place(self) -> str:
+        """Itself in words that two ranks with different masks will hardly share."""
+        return f"{self}, checksum {crc32(repr(self.mask).encode())}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardedSequence, (self.seq_len, self.topology, self.mask, self.layout)
 
     def __str__(self) -> str:
         return f"{self.seq_len} tokens, {self.layout} over {self.topology.size} ranks, {self.mask}"

@@ -1,13 +1,14 @@
 """Process groups: rings orthogonal to the data, tensor and pipeline groups."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ring_sp.layout import whole_number
 from ring_sp.ring import Axis
 
 AXES = ("pipeline", "data", "outer", "ring", "ulysses", "tensor")
@@ -28,6 +29,8 @@ class Topology:
     ring: Axis = Axis()
     ulysses: Axis = Axis()
     group: dist.ProcessGroup | None = None
+    agreements: dict[str, None] = field(default_factory=dict, compare=False, repr=False)
+    """What its ranks have agreed on, oldest first; see agreement.py."""
 
     @property
     def size(self) -> int:
@@ -83,9 +86,10 @@ class ProcessGroupManager:
         """Divide the world into the axes of `AXES`; data is what is left. Collective over the
         world.
 
-        `device_type` is that of the tensors to send: by default "cuda" if the default group speaks
-        NCCL, else "cpu". Without torch.distributed the world is one process. Raises ValueError,
-        before any communication, for sizes below 1 or that do not divide the world.
+        `device_type` is that of the tensors to send: by default "cuda" where there is one and the
+        default group serves it, else "cpu". Without torch.distributed the world is one process.
+        Raises ValueError, before any communication, for sizes below 1 or that do not divide the
+        world.
         """
         sizes = {
             "pipeline": pipeline,
@@ -101,7 +105,6 @@ class ProcessGroupManager:
         axes = {name: _axis(mesh.get_group(name)) for name in AXES}
         for name, joined in (("sequence", SEQUENCE), ("data_sequence", ("data", *SEQUENCE))):
             axes[name] = _joined(axes, mesh, joined)
-        _connect(axes[name] for name in (*SEQUENCE, "sequence"))
         outer_axis, ring_axis, ulysses_axis = (axes[name] for name in SEQUENCE)
         return cls(
             Topology(outer_axis, ring_axis, ulysses_axis, axes["sequence"].group), axes, mesh
@@ -179,7 +182,7 @@ def grid_groups(shape: Sequence[int], dims: Sequence[int]) -> list[list[int]]:
 
 
 def _check_size(name: str, size: int) -> None:
-    if size < 1:
+    if whole_number(f"the size of {name}", size) < 1:
         raise ValueError(f"{name} needs a size of at least 1; got {size}")
 
 
@@ -188,16 +191,10 @@ def _axis(group: dist.ProcessGroup) -> Axis:
 
 
 def _device_type() -> str:
-    return "cuda" if "nccl" in dist.get_backend() else "cpu"
-
-
-def _connect(axes: Iterable[Axis]) -> None:
-    """Open the communicators: NCCL wants all ranks in the first call of a group, a ring may use
-    only some.
-    """
-    for axis in axes:
-        if axis.size > 1:
-            dist.all_reduce(torch.zeros(1, device=_device_type()), group=axis.group)
+    """Where tensors are sent from, by default."""
+    config = dist.get_backend_config(dist.group.WORLD)  # such as cpu:gloo,cuda:nccl
+    served = {entry.split(":")[0] for entry in config.split(",")}
+    return "cuda" if "cuda" in served and torch.cuda.is_available() else "cpu"
 
 
 def _joined(axes: dict[str, Axis], mesh: DeviceMesh, names: Sequence[str]) -> Axis:
@@ -232,5 +229,4 @@ def _parts(group: dist.ProcessGroup, shape: tuple[int, ...]) -> list[Axis]:
                     made.append((dim, _axis(part)))
     for dim, axis in made:
         whole[dim] = axis
-    _connect(axis for _, axis in made)
     return whole

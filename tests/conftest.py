@@ -13,13 +13,15 @@ import pytest
 
 
 class World:
-    """`size` processes with torch.distributed: over gloo, or over NCCL with a GPU each."""
+    """`size` processes with torch.distributed: over gloo, or with a GPU each over NCCL or over what
+    torch chooses where no backend is named.
+    """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
         # A fork of a process that has touched CUDA cannot use it.
         context: SpawnContext | ForkServerContext = (
             multiprocessing.get_context("spawn")
-            if backend == "nccl"
+            if backend != "gloo"
             else multiprocessing.get_context("forkserver")
         )
         context.set_forkserver_preload(["ring_sp.integrations.megatron"])
@@ -72,11 +74,11 @@ def _serve(backend: str, rank: int, size: int, port: int, pipe: Connection) -> N
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if backend == "nccl":
+    if backend != "gloo":
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
     dist.init_process_group(
-        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+        backend or None, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
     )
     while True:
         try:
@@ -117,11 +119,11 @@ def world() -> Iterator[Callable[[int], World]]:
         started.close()
 
 
-@pytest.fixture(scope="session")
-def gpu_world() -> Iterator[World]:
+@pytest.fixture(scope="module", params=["nccl", ""])
+def gpu_world(request: pytest.FixtureRequest) -> Iterator[World]:
     """A rank on each GPU of this machine."""
     import torch
 
-    started = World(torch.cuda.device_count(), "nccl")
+    started = World(torch.cuda.device_count(), request.param)
     yield started
     started.close()

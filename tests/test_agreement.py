@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from conftest import World
 from ranks import groups, raised, sequence
 from torch import Tensor
 
-from ring_sp import ShardedSequence, masks, ring_attention
+from ring_sp import ShardedSequence, agreement, masks, ring_attention
+from ring_sp.topology import Topology
 
 
 def bad_calls() -> dict[str, str]:
@@ -30,12 +32,17 @@ def bad_calls() -> dict[str, str]:
         seq = sequence(sizes or {"ring": 2}, seq_len, mask=mask)
         return raised(ring_attention, q, k, v, seq, **options)
 
-    def same(x: Tensor, seq_len: int = 16) -> str:
-        return call(x, x, x, seq_len)
+    def same(x: Tensor, seq_len: int = 16, **options: Any) -> str:
+        return call(x, x, x, seq_len, **options)
+
+    def over(sequence: object, **options: object) -> str:
+        return raised(ring_attention, x, x, x, sequence, **options)
 
     x = make(1, 8, 4, 8)
     other = torch.distributed.get_rank() == 1
     seq = ShardedSequence(17, groups(ring=2).topology)
+    even = ShardedSequence(16, groups(ring=2).topology)
+    prefix = ShardedSequence(16, groups(ring=2).topology, masks.prefix_lm(3))
     return {
         "3 dimensions": call(x[0], x, x),
         "dtypes": call(x, x.double(), x),
@@ -51,6 +58,20 @@ def bad_calls() -> dict[str, str]:
         "kernel": call(x, x, x, kernel="fast"),
         "ulysses": call(make(1, 8, 3, 8), make(1, 8, 3, 8), make(1, 8, 3, 8), sizes={"ulysses": 2}),
         "empty": call(make(0, 8, 4, 8), make(0, 8, 4, 8), make(0, 8, 4, 8)),
+        "no tensor": raised(ring_attention, None, x, x, even),
+        "no sequence": over(groups(ring=2)),
+        "no kv_sequence": over(even, kv_sequence=16),
+        "kv mask": over(even, kv_sequence=prefix),
+        "sinks list": same(x, sinks=[0.0] * 4),
+        "softcap": same(x, softcap=0),
+        "scale": same(x, scale=float("nan")),
+        "dropout": same(x, dropout_p=0.1),
+        "rank 1 dropout": same(x, dropout_p=0.1 * other),
+        "rank 1 lse": same(x, return_lse=other),
+        "rank 1 sinks": same(x, sinks=torch.zeros(4) if other else None),
+        "rank 1 gradients": same(make(1, 8, 4, 8).requires_grad_() if other else x),
+        "rank 1 part": raised(even.unshard, make(1, 8 + other)),
+        "rank 1 part dtype": raised(even.unshard, x.double() if other else x),
         "rank 1 dtype": same(x.double() if other else x),
         "rank 1 heads": call(x, x if not other else x[:, :, :3], x if not other else x[:, :, :3]),
         "rank 1 mask": call(x, x, x, mask=masks.documents([0, 8 + other])),
@@ -76,13 +97,27 @@ def bad_calls() -> dict[str, str]:
         "kv heads": "k and v must have the same tokens and heads",
         "head dims": "one head dimension",
         "batches": "one batch size",
-        "whole sequence": r"q must hold this rank's 8 tokens.*sequence.shard.*\(1, 16, 4, 8\)",
+        "whole sequence": r"q must hold this rank's 8 tokens.*\(1, 16, 4, 8\).*sequence.shard",
         "keys": "kv_sequence",
         "uneven": "9 tokens",
-        "sinks": r"sinks must be \[4\]",
+        "sinks": r"sinks must be a tensor \[4\].*got \[3\]",
         "kernel": "auto, reference; got 'fast'",
         "ulysses": "2 divides; got 3",
         "empty": "none of them 0",
+        "no tensor": "q must be.*NoneType",
+        "no sequence": "sequence must be a ShardedSequence.*ProcessGroupManager",
+        "no kv_sequence": "kv_sequence must be a ShardedSequence.*int",
+        "kv mask": r"the mask causal\(\).*prefix_lm\(3\)",
+        "sinks list": r"sinks must be a tensor \[4\]",
+        "softcap": "above 0; got 0",
+        "scale": "finite number; got nan",
+        "dropout": "dropout_p=0.1",
+        "rank 1 dropout": "dropout_p=0.1",
+        "rank 1 lse": "same call.*return_lse=True",
+        "rank 1 sinks": "same call.*sinks NoneType",
+        "rank 1 gradients": "same call.*gradients True",
+        "rank 1 part": "8 tokens along dimension 1",
+        "rank 1 part dtype": "same call.*float64",
         "rank 1 dtype": "same call.*float32.*float64",
         "rank 1 heads": "3 does not divide 4",
         "rank 1 mask": "same call.*checksum",
@@ -105,3 +140,32 @@ def refusals(world: Callable[[int], World]) -> list[dict[str, str]]:
     if not _answers:
         _answers.extend(world(2).run(bad_calls))
     return _answers
+
+
+def later_calls() -> list[str]:
+    """What a rank alone may do once all have agreed, and what is raised where it is seen."""
+    rank, topology = torch.distributed.get_rank(), groups(ring=2).topology
+    sequence, x = ShardedSequence(16, topology), torch.zeros(1, 8, 4, 8)
+    ring_attention(x, x, x, sequence)
+    again = ShardedSequence(16, topology) if rank else sequence
+    ring_attention(x, x, x, again)
+    again.unshard(x)
+    (sequence if rank else ShardedSequence(16, topology)).unshard(x)
+    return [
+        raised(ring_attention, x[:, :7], x, x, again),
+        raised(again.unshard, x[:, :7]),
+        *(raised(ring_attention, x, x, x, ShardedSequence(16, topology)) for _ in range(3)),
+    ]
+
+
+def test_a_rank_alone_may_make_its_sequence_again(world: Callable[[int], World]) -> None:
+    for short, part, *equal in world(2).run(later_calls):
+        assert "8 tokens" in short and "8 tokens" in part and equal == [""] * 3
+
+
+def test_what_a_topology_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = Topology()
+    monkeypatch.setattr(agreement, "KEPT_AGREEMENTS", 8)
+    for number in range(20):
+        agreement.agree(topology, f"subject {number // 4}", f"terms {number}", None, "cpu")
+    assert len(topology.agreements) == 8 and "terms 19" in topology.agreements

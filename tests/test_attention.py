@@ -25,6 +25,8 @@ TOPOLOGIES: list[tuple[int, dict[str, int], Heads]] = [
     (4, {"outer": 2, "ring": 2}, (4, 2)),
     (4, {"ring": 2, "ulysses": 2}, (6, 3)),
     (4, {"ulysses": 4}, (8, 2)),
+    (6, {"ring": 3, "ulysses": 2}, (6, 3)),
+    (6, {"outer": 2, "ring": 3}, (4, 2)),
     (8, {"ring": 8}, (4, 2)),
     (8, {"outer": 2, "ring": 4}, (4, 4)),
     (8, {"outer": 4, "ring": 2}, (4, 1)),
@@ -42,12 +44,16 @@ def test_equals_unsharded_attention(
     sizes: dict[str, int],
     heads: Heads,
 ) -> None:
-    lengths = cycle([29, 24, 37, max(size, 4)])
-    assert_exact(
-        world(size),
-        sizes,
-        [Case(mask, name, next(lengths), heads=heads) for mask in MASKS for name in layout.LAYOUTS],
-    )
+    lengths, names = cycle([29, 24, 37, max(size, 4)]), cycle(layout.LAYOUTS)
+    selfs = [
+        Case(mask, name, next(lengths), heads=heads) for mask in MASKS for name in layout.LAYOUTS
+    ]
+    crosses = [
+        Case(mask, next(names), 31, kv_len, heads)
+        for mask in ("full", "causal", "window")
+        for kv_len in (17, 47)
+    ]
+    assert_exact(world(size), sizes, selfs + crosses)
 
 
 @pytest.mark.parametrize(

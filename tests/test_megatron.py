@@ -20,7 +20,7 @@ from ranks import raised
 from ringed import relative
 from torch import Tensor
 
-from ring_sp import masks
+from ring_sp import ShardedSequence, masks
 from ring_sp.integrations.megatron import (
     MegatronRing,
     RingCoreAttention,
@@ -169,10 +169,16 @@ def test_a_gpt_on_many_ranks_equals_one_rank(
 
 def core(ring: MegatronRing | None = None, **options: object) -> RingCoreAttention:
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-    kind = str(options.pop("attention_type", "self"))
+    kind, comm = str(options.pop("attention_type", "self")), options.pop("cp_comm_type", None)
     case = Case(ring=groups.cp.size())
     return RingCoreAttention(
-        config(case, **options), 1, AttnMaskType.causal, kind, pg_collection=groups, ring=ring
+        config(case, **options),
+        1,
+        AttnMaskType.causal,
+        kind,
+        pg_collection=groups,
+        ring=ring,
+        cp_comm_type=comm,
     )
 
 
@@ -184,12 +190,24 @@ def refusals() -> dict[str, str]:
     )
     attend, empty = core(ring), ModuleSpec(module=torch.nn.Identity)
     thd = PackedSeqParams(qkv_format="thd")
+    foreign = RingSequenceParams(sequence=ShardedSequence(4))
+    striped = core(MegatronRing(ring.topology, "striped"))
+    uneven = ring.sequence(7, masks.causal())
+    fresh = core(MegatronRing(ring.topology))
     return {
         "dropout": raised(core, attention_dropout=0.1),
         "window": raised(core, window_size=(8, 0)),
         "sinks": raised(core, softmax_type="learnable"),
         "cross": raised(core, attention_type="cross"),
         "another ring": raised(core, bare),
+        "mla": raised(core, multi_latent_attention=True),
+        "mtp": raised(core, mtp_num_layers=1),
+        "a2a": raised(core, cp_comm_type="a2a"),
+        "another topology": raised(attend, x, x, x, None, packed_seq_params=foreign),
+        "positions": raised(striped, x, x, x, None),
+        "uneven positions": raised(fresh._sequence, 4, None, RingSequenceParams(sequence=uneven)),
+        "stock positions": raised(fresh, x, x, x, None),
+        "no sequence": raised(attend, x, x, x, None, packed_seq_params=RingSequenceParams()),
         "mask tensor": raised(attend, x, x, x, torch.ones(1, 1, 8, 8)),
         "mask type": raised(attend, x, x, x, None, AttnMaskType.padding),
         "bias": raised(attend, x, x, x, None, attention_bias=x),
@@ -206,7 +224,13 @@ def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World
         "window": "window_size (8, 0)",
         "sinks": "softmax_type 'learnable'",
         "cross": "attention_type 'cross'",
-        "another ring": "made for 1 context-parallel ranks, Megatron has 2",
+        "another ring": "Megatron's context-parallel group has [0, 1]",
+        "mla": "no multi_latent_attention",
+        "mtp": "mtp_num_layers",
+        "a2a": "got cp_comm_type 'a2a'",
+        "another topology": "another topology",
+        "positions": "call use_ring_positions",
+        "uneven positions": "call use_ring_positions",
         "mask tensor": "RingSequenceParams",
         "mask type": "got AttnMaskType.padding",
         "bias": "no attention bias",
@@ -218,6 +242,7 @@ def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World
     for answers in world(2).run(refusals):
         for name, message in messages.items():
             assert message in answers[name], (name, answers[name])
+        assert answers["stock positions"] == answers["no sequence"] == ""
 
 
 def test_without_a_ring_the_core_takes_the_context_parallel_group(

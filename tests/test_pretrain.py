@@ -62,6 +62,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path
     refused = pretrain(2, f"{resume} --tensor-model-parallel-size 2")
     assert refused.returncode != 0
     assert "was not saved with --tensor-model-parallel-size 2" in refused.stderr
+    refused = pretrain(2, f"{ring} {resume} --seed 5 --lr 0.5")
+    assert refused.returncode != 0
+    assert "was saved with --lr 0.002, not 0.5; --seed 1234, not 5" in refused.stderr
 
 
 def test_sizes_that_do_not_fit_are_refused_on_every_rank() -> None:

@@ -192,19 +192,16 @@ def test_a_plan_goes_when_its_keys_or_its_queries_go() -> None:
 
 
 def refusals() -> tuple[list[str], float]:
-    """The messages that rank 0 gets, alone, and a sum over the world afterwards."""
-    messages = []
+    """The messages that rank 0 gets, alone but for unshard, and a sum over the world after."""
     seq = sequence({"ring": 4}, 30, layout="contiguous")
     topology, x = seq.topology, torch.zeros(2, 30, 3)
+    messages = [raised(seq.unshard, part) for part in (x, x[:, :7], x[0, 0, 0])]
     if dist.get_rank() == 0:
-        messages = [
+        messages += [
             raised(seq.shard, x[:, :29]),
             raised(seq.shard, x, 0),
             raised(seq.shard, x, 3),
             raised(seq.shard, x.requires_grad_(), -4),
-            raised(seq.unshard, x),
-            raised(seq.unshard, x[:, :7]),
-            raised(seq.unshard, x[0, 0, 0]),
             raised(ShardedSequence, 3, topology),
             raised(ShardedSequence, 30, topology, layout="spiral"),
             raised(ShardedSequence, 30, topology, masks.documents([0, 31])),
@@ -221,13 +218,13 @@ def test_bad_input_is_refused_with_its_lengths_before_any_communication(
     (messages, _), *_ = answers = world(4).run(refusals, timeout=30)
     assert [total for _, total in answers] == [4.0] * 4
     parts = [
+        ("rank's part has 8 tokens along dimension 1", "(2, 30, 3)"),
+        ("8 tokens", "(2, 7, 3)"),
+        ("8 tokens", "()"),
         ("whole sequence has 30 tokens along dimension 1", "(2, 29, 3)"),
         ("30 tokens along dimension 0", "(2, 30, 3)"),
         ("30 tokens along dimension 3", "(2, 30, 3)"),
         ("30 tokens along dimension -4", "(2, 30, 3)"),
-        ("rank's part has 8 tokens along dimension 1", "(2, 30, 3)"),
-        ("8 tokens", "(2, 7, 3)"),
-        ("8 tokens", "()"),
         ("over 4 ranks", "got 3"),
         ("contiguous, striped, zigzag", "'spiral'"),
         ("31 positions", "has 30"),

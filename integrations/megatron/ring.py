@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch.distributed import ProcessGroup
 
 from ring_sp import ProcessGroupManager, ShardedSequence, Topology
+from ring_sp.layout import shards
 from ring_sp.masks import Mask
 
 
@@ -19,6 +20,8 @@ class MegatronRing:
 
     def __init__(self, topology: Topology, layout: str = "zigzag", kernel: str = "auto") -> None:
         self.topology, self.layout, self.kernel = topology, layout, kernel
+        self.has_positions = False
+        """Whether the model takes its positions from here: `use_ring_positions` says so."""
         # A model meets few lengths and masks at a time; packed batches bring a new mask each.
         self.sequence = lru_cache(maxsize=16)(self._sequence)
 
@@ -39,6 +42,21 @@ class MegatronRing:
         """
         topology = ProcessGroupManager.from_group(group, ulysses=ulysses, outer=outer).topology
         return cls(topology, layout, kernel)
+
+    def placed(self, sequence: ShardedSequence) -> ShardedSequence:
+        """`sequence`, once it is sure that the model's positions are those of its tokens.
+
+        Raises ValueError where Megatron's own rotary positions would be wrong and
+        `use_ring_positions` was not called.
+        """
+        seq_len, size = sequence.seq_len, self.topology.size
+        stock = seq_len % (2 * size) == 0 and sequence.shards == shards(seq_len, size, "zigzag")
+        if size > 1 and not stock and not self.has_positions:
+            raise ValueError(
+                f"Megatron's own positions do not fit {sequence}: call use_ring_positions(model, "
+                f"ring) on each model chunk, whatever its kind of positions."
+            )
+        return sequence
 
     def _sequence(self, seq_len: int, mask: Mask) -> ShardedSequence:
         return ShardedSequence(seq_len, self.topology, mask, self.layout)

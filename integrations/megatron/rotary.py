@@ -68,11 +68,11 @@ class RingRotaryEmbedding(nn.Module):
 
 
 def use_ring_positions(model: GPTModel, ring: MegatronRing) -> None:
-    """Give a model, in place, rotary angles that follow the ring's layout.
+    """Give a model, in place, rotary angles that follow the ring's layout, and tell the ring so.
 
-    Models with learned positions need nothing: their position_ids come with the batch. Raises
-    NotImplementedError for YaRN, multimodal rotary positions, multi-latent attention, and
-    multi-token prediction.
+    Models with learned positions are left as they are: their position_ids come with the batch,
+    `sequence.positions`. Raises NotImplementedError for YaRN, multimodal rotary positions,
+    multi-latent attention, and multi-token prediction.
     """
     kind, config = model.position_embedding_type, model.config
     if config.multi_latent_attention or kind not in ("rope", "learned_absolute", "none"):
@@ -84,3 +84,4 @@ def use_ring_positions(model: GPTModel, ring: MegatronRing) -> None:
         raise NotImplementedError("multi-token prediction rolls tokens in Megatron's own layout")
     if kind == "rope":
         model.rotary_pos_emb = RingRotaryEmbedding(model.rotary_pos_emb, ring)
+    ring.has_positions = True

@@ -1,0 +1,172 @@
+"""Whether the tensors of a call fit each other and their sequences: what is needed, what came."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from ring_sp.agreement import agree, refusal
+from ring_sp.kernels import Call, Kernel, select
+from ring_sp.masks import causal
+from ring_sp.sequence import ShardedSequence
+from ring_sp.ulysses import kv_replication
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call of `ring_attention` asks for besides its tensors."""
+
+    scale: float | None
+    softcap: float | None
+    dropout_p: float
+    dropout_seed: int | None
+    kernel: str
+    return_lse: bool
+
+
+def fitting_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    keys: ShardedSequence,
+    sinks: Tensor | None,
+    options: Options,
+) -> Kernel:
+    """The kernel that serves a call. Raises ValueError or NotImplementedError on every rank if a
+    rank's call does not fit; costs a lookup once such a call has passed.
+    """
+    for name, given in (("sequence", sequence), ("kv_sequence", keys)):
+        if not isinstance(given, ShardedSequence):
+            raise ValueError(f"{name} must be a ShardedSequence; got {type(given)}")
+    grad = torch.is_grad_enabled()
+    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, grad, repr(options))
+    if call not in sequence.served:
+        kernels: list[Kernel] = []
+        error = refusal(lambda: kernels.append(_check(q, k, v, sequence, keys, sinks, options)))
+        common = (
+            f"{name} {_shared(x)}" for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
+        )
+        trained = grad and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks))
+        terms = (
+            f"{', '.join(common)}, gradients {trained}, over {sequence.place}, keys of "
+            f"{keys.place}, {options}"
+        )
+        device_type = q.device.type if error is None else "cpu"
+        agree(sequence.topology, sequence.place, terms, error, device_type)
+        sequence.served[call] = kernels[0]
+    kernel: Kernel = sequence.served[call]
+    return kernel
+
+
+def _seen(x: object) -> Hashable:
+    """What of an argument decides whether it fits."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device, x.requires_grad
+    return type(x).__name__
+
+
+def _shared(x: object) -> str:
+    """What of an argument must be the same on every rank."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{list(x.shape[:1])} x tokens x {list(x.shape[2:])} {x.dtype} on {x.device.type}"
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    keys: ShardedSequence,
+    sinks: Tensor | None,
+    options: Options,
+) -> Kernel:
+    """The kernel for a call that is right as far as this rank can see; raises if it is not."""
+    _check_options(options)
+    _check_sequences(sequence, keys)
+    _check_tensors({"q": q, "k": k, "v": v})
+    _check_lengths(q, k, sequence, keys)
+    heads = q.shape[2]
+    if sinks is not None and not (
+        isinstance(sinks, Tensor) and sinks.shape == (heads,) and sinks.device == q.device
+    ):
+        came = f"{list(sinks.shape)} on {sinks.device}" if isinstance(sinks, Tensor) else sinks
+        raise ValueError(
+            f"sinks must be a tensor [{heads}] on {q.device}, one logit for each query head; "
+            f"got {came}"
+        )
+    kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
+    softcap = options.softcap is not None
+    return select(options.kernel, Call(q.device.type, q.dtype, q.shape[3], v.shape[3], softcap))
+
+
+def _check_options(options: Options) -> None:
+    scale, softcap = options.scale, options.softcap
+    if scale is not None and not (isinstance(scale, int | float) and isfinite(scale)):
+        raise ValueError(f"scale must be None or a finite number; got {scale}")
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
+        raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
+    if options.dropout_p or options.dropout_seed is not None:
+        raise NotImplementedError(
+            f"attention dropout is not implemented; got dropout_p={options.dropout_p}, "
+            f"dropout_seed={options.dropout_seed}. Use 0 and None."
+        )
+
+
+def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:
+    if keys.topology != sequence.topology:
+        raise ValueError(
+            "kv_sequence must live on the same topology as the sequence of the queries"
+        )
+    if keys.mask not in (causal(), sequence.mask):
+        raise ValueError(
+            f"the mask {sequence.mask} of the queries' sequence rules over both; the {keys.mask} "
+            f"of kv_sequence would be ignored. Leave it out, and say the mask there."
+        )
+    for source in range(sequence.topology.ring_size):
+        sequence.plan(keys).tiles(source)
+
+
+def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name} must be [batch, tokens, heads, head dim], none of them 0; got "
+                f"{tuple(x.shape) if isinstance(x, Tensor) else type(x)}"
+            )
+    q, k, v = tensors.values()
+    heads, kv_heads = q.shape[2], k.shape[2]
+    needs = (
+        (
+            q.dtype.is_floating_point and q.dtype == k.dtype == v.dtype,
+            "q, k and v must share one floating-point dtype",
+        ),
+        (q.device == k.device == v.device, "q, k and v must be on one device"),
+        (q.shape[0] == k.shape[0] == v.shape[0], "q, k and v must have one batch size"),
+        (k.shape[1:3] == v.shape[1:3], "k and v must have the same tokens and heads"),
+        (q.shape[3] == k.shape[3], "q and k must have one head dimension"),
+        (
+            heads % kv_heads == 0,
+            f"the key heads must divide the query heads; {kv_heads} does not divide {heads}",
+        ),
+    )
+    failed = next((need for met, need in needs if not met), None)
+    if failed:
+        came = (f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"{failed}. Got {', '.join(came)}.")
+
+
+def _check_lengths(q: Tensor, k: Tensor, sequence: ShardedSequence, keys: ShardedSequence) -> None:
+    if q.shape[1] != sequence.local_len:
+        raise ValueError(
+            f"q must hold this rank's {sequence.local_len} tokens of {sequence}; got shape "
+            f"{tuple(q.shape)}. Cut the whole sequence with sequence.shard."
+        )
+    if k.shape[1] != keys.local_len:
+        raise ValueError(
+            f"k and v must hold this rank's {keys.local_len} tokens of {keys}; got shape "
+            f"{tuple(k.shape)}. For keys of another length give kv_sequence."
+        )
