@@ -69,7 +69,7 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
-# The compiler breaks its graph here. torch.compiler.disable says the same, and imports the compiler.
+# The compiler breaks its graph here; torch.compiler.disable does too, but imports the compiler.
 @torch._disable_dynamo
 def ring_attention(
     q: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 from visibility import cases
 
 from ring_sp import ShardedSequence, layout, masks, ring_attention
+from ring_sp.kernels import reference
 
 MASKS = tuple(cases(24))
 
@@ -249,3 +250,23 @@ def test_no_sink_for_a_query_that_sees_nothing_gives_zeros() -> None:
     seq = ShardedSequence(6, mask=masks.documents([0, 4]))
     out = ring_attention(x, x, x, seq, sinks=torch.full((2,), -torch.inf))
     assert out.isfinite().all() and out[:, 4:].eq(0).all()
+
+
+def test_kernels_get_tensors_that_are_dense_in_their_last_dimension(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+
+    def watched(stock: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            seen.extend(x for x in args if isinstance(x, Tensor))
+            return stock(*args)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(reference, name, watched(getattr(reference, name)))
+    q, k, v = (torch.randn(1, 8, 4, 2).mT.contiguous().mT.requires_grad_() for _ in range(3))
+    out = ring_attention(q, k, v, ShardedSequence(8))
+    out.backward(torch.randn(1, 8, 4, 2).mT.contiguous().mT)
+    assert len(seen) >= 5 and all(x.stride(3) == 1 for x in seen)
