@@ -168,7 +168,7 @@ class _RingAttention(torch.autograd.Function):
         message = Message(
             lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device
         )
-        ring_pass(kv, setting.topology.rings, visit, setting.plan.needs, message)
+        ring_pass(kv, setting.plan.path, visit, message)
         out, lse = state or empty_state(q, v)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.setting, ctx.wire = setting, wire
@@ -183,22 +183,25 @@ class _RingAttention(torch.autograd.Function):
         dout = dout if dout.stride(3) == 1 else dout.contiguous()
         delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2) - dlse
         dq: Tensor | None = None
+        kept: Tensor | None = None
 
         def visit(seen: Tensor, source: int) -> Tensor:
-            nonlocal dq
+            nonlocal dq, kept
             dkv = torch.empty_like(seen, dtype=dtype)
             kv, rows = wire.split(seen), (lse, delta)
             with torch.autocast(seen.device.type, enabled=False):
                 dq = setting.kernel.backward(
                     dout, q, kv, rows, setting.step(source), dq, wire.split(dkv)
                 )
+            if source == setting.plan.rank:
+                kept = dkv
             return dkv
 
         message = Message(
             lambda source: wire.numel(setting.plan.kv_len(source)), own.dtype, own.device, dtype
         )
-        total = ring_pass(own, setting.topology.rings, visit, setting.plan.needs, message)
-        dkv = torch.zeros_like(own) if total is None else total.to(own.dtype)
+        others = ring_pass(own, setting.plan.path, visit, message)
+        dkv = _sum(own, kept, others)
         return torch.zeros_like(q) if dq is None else dq, *wire.split(dkv), None
 
 
@@ -235,6 +238,12 @@ class _Wire:
         )
         shape = (self.batch, kv_len, self.kv_heads, -1)
         return k.view(shape), v.view(shape)
+
+
+def _sum(like: Tensor, *parts: Tensor | None) -> Tensor:
+    """The sum of the parts that exist, in the dtype of `like`."""
+    one, *more = [part for part in parts if part is not None] or [torch.zeros_like(like)]
+    return torch.add(one, *more, out=torch.empty_like(like)) if more else one.to(like.dtype)
 
 
 def _peer_lens(sequence: ShardedSequence) -> tuple[int, ...]:

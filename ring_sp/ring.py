@@ -6,6 +6,7 @@ Forward, backward, double ring and early stop are the same `ring_pass` (arXiv:23
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -80,48 +81,56 @@ class Message:
         return torch.empty(self.numel(source), dtype=self.sums_dtype, device=self.device)
 
 
-def ring_pass(
-    x: Tensor | None, rings: tuple[Axis, ...], visit: Visit, needs: Needs, message: Message
-) -> Tensor | None:
-    """Show this rank's 1-D `x` to every rank that needs it, and visit every tensor that this rank
-    needs.
+class Path:
+    """How far each tensor goes round nested rings, and between which hops its sums follow it.
 
-    `rings` nest, slowest axis first; ranks are numbered in row-major order over them. `needs(rank,
-    source)` must be the same function on every rank: a hop that no later rank needs is not made.
-    `visit(tensor, source)` is called once for each needed source, the own one first. Where
-    `message.sums_dtype` is set, the 1-D tensors that the visits return (each as long as the tensor
-    they saw) are summed along the way in that dtype, in ring order, and the sum over all visits to
-    this rank's `x` is returned; None if nobody needed it.
+    Worked out once for many passes. `rings` nest, slowest axis first; ranks are numbered in
+    row-major order over them. `needs(rank, source)` must be the same function on every rank.
     """
-    if not rings:
-        return visit(x, 0) if x is not None and needs(0, 0) else None
-    ring, inner = rings[0], rings[1:]
-    block = prod(axis.size for axis in inner)
-    place = 0
-    for axis in inner:
-        place = place * axis.size + axis.rank
 
-    def show(tensor: Tensor | None, source: int) -> Tensor | None:
-        base, own = source * block, ring.rank * block
-        return ring_pass(
-            tensor,
-            inner,
-            lambda seen, peer: visit(seen, base + peer),
-            lambda rank, peer: needs(own + rank, base + peer),
-            replace(message, numel=lambda peer: message.numel(base + peer)),
-        )
+    def __init__(self, rings: tuple[Axis, ...], needs: Needs, adds: Needs | None = None) -> None:
+        self.rings, self.needs = rings, needs
+        self.adds = adds or (lambda rank, source: rank != source and needs(rank, source))
+        """Whether a rank adds to the sums of a source: what is its own it keeps."""
+        self.block = prod(axis.size for axis in rings[1:])
+        """Ranks in the inner rings."""
+        self.place = 0
+        """This rank's number among them."""
+        for axis in rings[1:]:
+            self.place = self.place * axis.size + axis.rank
+        self._inner: dict[int, Path] = {}
 
-    def wanted(rank: int, source: int) -> bool:
-        return any(needs(rank * block + peer, source * block + place) for peer in range(block))
+    def inner(self, source: int) -> "Path":
+        """The path in the inner rings of the tensors that came from `source` of the outer one."""
+        if source not in self._inner:
+            own, base = self.rings[0].rank * self.block, source * self.block
+            needs, adds = (
+                lambda rank, peer, wanted=wanted: wanted(own + rank, base + peer)
+                for wanted in (self.needs, self.adds)
+            )
+            self._inner[source] = Path(self.rings[1:], needs, adds)
+        return self._inner[source]
 
-    routes = [_Route.of(source, ring.size, wanted) for source in range(ring.size)]
-    return _one_ring(
-        x,
-        ring,
-        show,
-        routes,
-        replace(message, numel=lambda source: message.numel(source * block + place)),
-    )
+    @cached_property
+    def last(self) -> list[int]:
+        """For each source of the outer ring, the last hop at which its tensor is needed."""
+        return [max(hops, default=0) for hops in self._hops(self.needs)]
+
+    @cached_property
+    def sums(self) -> list[tuple[int, int]]:
+        """For each source, the first and the last hop at which a rank adds to its sums."""
+        size = self.rings[0].size
+        return [(min(hops, default=size), max(hops, default=0)) for hops in self._hops(self.adds)]
+
+    def _hops(self, wanted: Needs) -> list[list[int]]:
+        """For each source of the outer ring, the hops at which somebody wants it."""
+        size, peers = self.rings[0].size, range(self.block)
+
+        def stops(source: int, hop: int) -> bool:
+            base, start = (source + hop) % size * self.block, source * self.block + self.place
+            return any(wanted(base + peer, start) for peer in peers)
+
+        return [[hop for hop in range(size) if stops(source, hop)] for source in range(size)]
 
 
 def visiting_order(rings: tuple[Axis, ...]) -> list[int]:
@@ -133,45 +142,51 @@ def visiting_order(rings: tuple[Axis, ...]) -> list[int]:
     return sources
 
 
-@dataclass(frozen=True)
-class _Route:
-    """First and last hop at which a source's tensor is needed; it stops at `last`, and sums
-    begin at `first`.
-    """
-
-    first: int
-    last: int
-
-    @classmethod
-    def of(cls, source: int, size: int, wanted: Needs) -> "_Route":
-        hops = range(size)
-        first = next((hop for hop in hops if wanted((source + hop) % size, source)), size)
-        last = next((hop for hop in reversed(hops) if wanted((source + hop) % size, source)), 0)
-        return cls(first, last)
-
-
-def _one_ring(
+def ring_pass(
     x: Tensor | None,
-    ring: Axis,
-    show: Callable[[Tensor | None, int], Tensor | None],
-    routes: list[_Route],
+    path: Path,
+    visit: Visit,
     message: Message,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Tensor | None:
-    sums = _Sums(ring, routes, message)
-    held = x
+    """Show this rank's 1-D `x` to every rank that needs it, and visit every tensor that this rank
+    needs. A hop that no later rank needs is not made.
+
+    `visit(tensor, source)` is called once for each needed source, the own one first. Where
+    `message.sums_dtype` is set, what the other ranks' visits to `x` return (1-D tensors as long as
+    `x`) is summed along the way in that dtype, in ring order, and the sum is returned; None if no
+    other rank needed `x`. What a rank's visit to its own tensor returns is not used. `meanwhile` is
+    called when only the last sums are still under way.
+    """
+    if not path.rings:
+        seen = visit(x, 0) if x is not None and path.needs(0, 0) else None
+        meanwhile()
+        return seen if path.adds(0, 0) else None
+    ring, block = path.rings[0], path.block
+    outer = replace(message, numel=lambda source: message.numel(source * block + path.place))
+
+    def show(tensor: Tensor | None, source: int) -> Tensor | None:
+        base = source * block
+        inner = replace(message, numel=lambda peer: message.numel(base + peer))
+        return ring_pass(
+            tensor, path.inner(source), lambda seen, peer: visit(seen, base + peer), inner
+        )
+
+    sums, held = _Sums(path, outer), x
     for hop in range(ring.size):
         source, following = (ring.rank - hop) % ring.size, (ring.rank - hop - 1) % ring.size
         transfer, arriving = Transfer(ring, _DATA), None
-        if held is not None and hop < routes[source].last:
+        if held is not None and hop < path.last[source]:
             transfer.send(held, ring.rank + 1)
-        if hop < routes[following].last:
-            arriving = transfer.receive(message.buffer(following), ring.rank - 1)
+        if hop < path.last[following]:
+            arriving = transfer.receive(outer.buffer(following), ring.rank - 1)
         transfer.start()
         seen = show(held, source)
         if message.sums_dtype is not None:
             sums.add(seen, source, hop)
         transfer.wait()
         held = arriving
+    meanwhile()
     return sums.finish()
 
 
@@ -180,9 +195,9 @@ class _Sums:
     visit.
     """
 
-    def __init__(self, ring: Axis, routes: list[_Route], message: Message) -> None:
-        self._ring, self._routes, self._message = ring, routes, message
-        self._transfer = Transfer(ring, _SUMS)
+    def __init__(self, path: Path, message: Message) -> None:
+        self._path, self._ring, self._message = path, path.rings[0], message
+        self._transfer = Transfer(self._ring, _SUMS)
         self._arrived: Tensor | None = None
         self._home: Tensor | None = None
 
@@ -190,22 +205,22 @@ class _Sums:
         """Add this rank's part to the sum of `source`, pass it on, and start to receive the next
         one.
         """
-        ring, routes, message = self._ring, self._routes, self._message
+        ring, sums, message = self._ring, self._path.sums, self._message
         self._transfer.wait()
         total = self._arrived
         if seen is not None:
             total = seen if total is None else total.add_(seen)
         self._transfer, self._arrived = Transfer(ring, _SUMS), None
-        if total is not None and hop < routes[source].last:
+        if total is not None and hop < sums[source][1]:
             self._transfer.send(total, ring.rank + 1)
         elif total is not None and hop:
             self._transfer.send(total, source)
         elif total is not None:
             self._home = total
-        following, own = (ring.rank - hop - 1) % ring.size, routes[ring.rank]
-        if routes[following].first <= hop < routes[following].last:
+        following, (_, last) = (ring.rank - hop - 1) % ring.size, sums[ring.rank]
+        if sums[following][0] <= hop < sums[following][1]:
             self._arrived = self._transfer.receive(message.sums_buffer(following), ring.rank - 1)
-        if hop == own.last and hop:
+        if hop == last and hop:
             self._home = self._transfer.receive(message.sums_buffer(ring.rank), ring.rank + hop)
         self._transfer.start()
 

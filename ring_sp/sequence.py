@@ -1,8 +1,8 @@
 """Where one sequence lives: the join of topology, layout and mask."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Hashable, Iterator
+from functools import cache, cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 from zlib import crc32
@@ -18,7 +18,7 @@ from ring_sp.agreement import agree, refusal
 from ring_sp.layout import Shard, shard_len, whole_number
 from ring_sp.masks import Mask, Tile
 from ring_sp.regions import Regions
-from ring_sp.ring import visiting_order
+from ring_sp.ring import Axis, Path, visiting_order
 from ring_sp.topology import Topology
 
 
@@ -111,8 +111,8 @@ class ShardedSequence:
         """
         keys = kv_sequence or self
         if keys not in self._plans:
-            order = visiting_order(self.topology.rings)
-            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, order)
+            rings = self.topology.rings
+            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, rings)
         return self._plans[keys]
 
     @cached_property
@@ -142,40 +142,42 @@ class Plan:
         q_shards: tuple[Shard, ...],
         kv_shards: tuple[Shard, ...],
         regions: Regions,
-        order: Sequence[int],
+        rings: tuple[Axis, ...],
     ) -> None:
-        """`order` is that of this rank's visits, its own keys first."""
-        self._q_shards, self._kv_shards, self._regions = q_shards, kv_shards, regions
-        self._order = order
+        self._order = visiting_order(rings)
+        self.rank = self._order[0]
+        """This station's number: its own keys are the first that it visits."""
+        self._kv_shards = kv_shards
+
+        def meet(rank: int, source: int) -> Iterator[Tile]:
+            return regions.tiles(q_shards[rank], kv_shards[source])
+
+        @cache
+        def needs(rank: int, source: int) -> bool:
+            """Whether the queries of a rank see any key of a source."""
+            return next(meet(rank, source), None) is not None
+
+        self._meet, self.needs = meet, needs
+        self.path = Path(rings, needs)
+        """The way of the keys to those who need them."""
         self._tiles: dict[int, tuple[Tile, ...]] = {}
-        self._needs: dict[tuple[int, int], bool] = {}
         self.derived: defaultdict[int, dict[Hashable, Any]] = defaultdict(dict)
         """What kernels keep with the tiles of each source; see `kernels.contract.Step`."""
 
     @cached_property
     def final(self) -> int | None:
         """The last source that this rank visits; None if it sees nothing."""
-        rank = self._order[0]
-        return next((s for s in reversed(self._order) if self.needs(rank, s)), None)
+        return next((s for s in reversed(self._order) if self.needs(self.rank, s)), None)
 
     def tiles(self, source: int) -> tuple[Tile, ...]:
         """What this rank's queries see of the keys of `source`."""
         if source not in self._tiles:
-            self._tiles[source] = tuple(self._meet(self._order[0], source))
+            self._tiles[source] = tuple(self._meet(self.rank, source))
         return self._tiles[source]
-
-    def needs(self, rank: int, source: int) -> bool:
-        """Whether the queries of `rank` see any key of `source`."""
-        if (rank, source) not in self._needs:
-            self._needs[rank, source] = next(self._meet(rank, source), None) is not None
-        return self._needs[rank, source]
 
     def kv_len(self, source: int) -> int:
         """Keys of `source`, in tokens."""
         return shard_len(self._kv_shards[source])
-
-    def _meet(self, rank: int, source: int) -> Iterator[Tile]:
-        return self._regions.tiles(self._q_shards[rank], self._kv_shards[source])
 
 
 class _Shard(torch.autograd.Function):
