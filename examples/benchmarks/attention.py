@@ -1,0 +1,201 @@
+"""Time exact ring attention against the best that the same GPUs can do.
+
+    torchrun --nproc_per_node 2 examples/benchmarks/attention.py --json ring.json --png ring.png
+
+For each case: the ideal (the fastest kernel of one GPU on the whole problem, divided by the GPUs),
+our ring with each kernel that serves the case, and torch's own context_parallel, all in this run.
+Times are milliseconds of forward + backward, medians over repeats of the slowest rank; memory is
+the peak of a rank. Batch 1, bf16, head dim 128. On CPUs (gloo) use --cases tiny to try the script.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+import peers
+import torch
+import torch.distributed as dist
+from picture import draw
+
+import ring_sp
+from ring_sp import masks
+from ring_sp.kernels import KERNELS
+
+HEAD_DIM = 128
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem: its whole length in tokens, its mask, and who shares key heads."""
+
+    name: str
+    seq_len: int
+    mask: masks.Mask = field(default_factory=masks.causal)
+    heads: int = 32
+    kv_heads: int = 8
+    layout: str = "zigzag"
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward: 4 and 10 a head, head dim and visible pair."""
+        shard = (range(self.seq_len),)
+        pairs = sum(tile.area for tile in masks.tiles(self.mask, shard, shard))
+        return 14 * self.heads * HEAD_DIM * pairs
+
+
+def packed(seq_len: int, mean_len: int, seed: int = 0) -> masks.Mask:
+    """Documents of log-normal lengths with a median of `mean_len` tokens."""
+    random, cuts = Random(seed), [0]
+    while cuts[-1] < seq_len:
+        length = int(random.lognormvariate(0.0, 1.0) * mean_len)
+        cuts.append(min(cuts[-1] + max(length, 1), seq_len))
+    return masks.documents(cuts)
+
+
+def cases() -> dict[str, Case]:
+    k = 1024
+    listed = [
+        *(Case(f"causal {n}k", n * k) for n in (16, 32, 64, 128)),
+        Case("documents 64k", 64 * k, packed(64 * k, 4 * k)),
+        Case("window 4k of 128k", 128 * k, masks.sliding_window(4 * k - 1), layout="contiguous"),
+        Case("causal 32k MHA", 32 * k, kv_heads=32),
+        Case("full 32k", 32 * k, masks.full()),
+        Case("tiny", 256, heads=4, kv_heads=2),
+    ]
+    return {case.name: case for case in listed}
+
+
+def milliseconds(step: peers.Step, device: torch.device, repeats: int) -> float:
+    """Median time of a step on the slowest rank."""
+    for _ in range(3):
+        step()
+    once = _elapsed(step, device, 1)
+    inner = max(1, min(20, int(60 / once)))
+    return median(_elapsed(step, device, inner) for _ in range(repeats))
+
+
+def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
+    events = [peers.event(device) for _ in range(2)]
+    peers.synchronize(device)
+    dist.barrier()
+    events[0].record()
+    for _ in range(inner):
+        step()
+    events[1].record()
+    peers.synchronize(device)
+    time = torch.tensor(events[0].elapsed_time(events[1]) / inner, device=device)
+    dist.all_reduce(time, dist.ReduceOp.MAX)
+    return float(time)
+
+
+def ours(case: Case, kernel: str, device: torch.device) -> peers.Step:
+    """Forward and backward of one rank's part."""
+    topology = ring_sp.ProcessGroupManager.build(ring=dist.get_world_size()).topology
+    sequence = ring_sp.ShardedSequence(case.seq_len, topology, case.mask, case.layout)
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    q, k, v, dout = peers.drawn(heads, sequence.local_len, HEAD_DIM, device)
+    trained = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> object:
+        out = ring_sp.ring_attention(q, k, v, sequence, kernel=kernel)
+        return torch.autograd.grad(out, trained, dout)
+
+    return step
+
+
+def measured(make: Callable[[], peers.Step], device: torch.device, repeats: int) -> Result:
+    """Milliseconds and peak bytes of a step; the reason where it cannot run on some rank."""
+    reason = ""
+    try:
+        step = make()
+        step()
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reasons: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    if any(reasons):
+        return {"refused": next(filter(None, reasons))}
+    time = milliseconds(step, device, repeats)
+    return {"ms": time, "peak_bytes": peers.peak_bytes(step, device)}
+
+
+def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
+    """All that is measured of a case."""
+    size = dist.get_world_size()
+    contenders: dict[str, Callable[[], peers.Step]] = {
+        f"one GPU, {name}": partial(make, case, HEAD_DIM, device)
+        for name, make in peers.SINGLE.items()
+    }
+    contenders |= {f"ring, {name}": partial(ours, case, name, device) for name in args.kernels}
+    if case.mask in (masks.causal(), masks.full()):
+        contenders["torch context_parallel"] = partial(
+            peers.context_parallel, case, HEAD_DIM, device
+        )
+    found = {name: measured(make, device, args.repeats) for name, make in contenders.items()}
+    singles = [x["ms"] for name, x in found.items() if name.startswith("one GPU") and "ms" in x]
+    ideal = min(singles, default=None)
+    for name, result in found.items():
+        if ideal and "ms" in result:
+            share = 1 if name.startswith("one GPU") else size
+            result["share_of_ideal"] = ideal / result["ms"] / share
+        if "ms" in result:
+            ranks = 1 if name.startswith("one GPU") else size
+            result["tflops"] = case.flops / result["ms"] / 1e9 / ranks
+    return {"case": case.name, "ideal_ms": ideal and ideal / size, "results": found}
+
+
+def table(rows: list[Result]) -> str:
+    lines = [f"{'case':20} {'what':26} {'ms':>9} {'TFLOP/s':>8} {'of ideal':>8} {'peak GB':>8}"]
+    for row in rows:
+        for name, x in row["results"].items():
+            if "refused" in x:
+                lines.append(f"{row['case']:20} {name:26} {x['refused'][:90]}")
+                continue
+            share = f"{x['share_of_ideal']:8.3f}" if "share_of_ideal" in x else " " * 8
+            lines.append(
+                f"{row['case']:20} {name:26} {x['ms']:9.3f} {x['tflops']:8.0f} {share} "
+                f"{x['peak_bytes'] / 1e9:8.3f}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    every = [name for name in cases() if name != "tiny"]
+    parser.add_argument("--cases", nargs="+", choices=cases(), default=every)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["flash4", "triton"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    parser.add_argument("--trace", type=Path, help="folder for a profiler timeline of each ring")
+    args = parser.parse_args()
+    device = peers.start()
+    rows = []
+    for name in args.cases:
+        rows.append(run(cases()[name], args, device))
+        if dist.get_rank() == 0:
+            print(table(rows[-1:]), flush=True)
+        if args.trace:
+            for kernel in args.kernels:
+                peers.trace(ours(cases()[name], kernel, device), args.trace, f"{name} {kernel}")
+    if dist.get_rank() == 0:
+        facts = {"device": peers.device_name(device), "ranks": dist.get_world_size()}
+        facts |= {"torch": torch.__version__, "command": " ".join(sys.argv), "rows": rows}
+        print(table(rows))
+        if args.json:
+            args.json.write_text(json.dumps(facts, indent=1))
+        if args.png:
+            draw(facts, args.png)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
