@@ -90,17 +90,27 @@ def ring_attention(
         raise NotImplementedError(
             f"attention dropout is not implemented; got dropout_p={dropout_p}. Use 0."
         )
-    chosen = select(
-        kernel, Call(q.device.type, q.dtype, q.shape[3], v.shape[3], softcap is not None)
-    )
-    topology = sequence.topology
+    topology, plan = sequence.topology, sequence.plan(keys)
     copies = kv_replication(q.shape[2], k.shape[2], topology.ulysses.size)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    call = Call(
+        q.device.type,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        softcap is not None,
+        scale,
+        grouped=q.shape[2] != k.shape[2] * copies,
+        windowed=plan.windowed,
+        num_regions=plan.num_regions,
+        lse_gradient=return_lse or sinks is not None,
+    )
+    chosen = select(kernel, call)
     q = to_heads(q, topology.ulysses, _peer_lens(sequence))
     k, v = (
         to_heads(x.repeat_interleave(copies, 2), topology.ulysses, _peer_lens(keys)) for x in (k, v)
     )
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    setting = _Setting(sequence.plan(keys), topology, chosen, scale, softcap)
+    setting = _Setting(plan, topology, chosen, scale, softcap)
     out, lse = _RingAttention.apply(q, k, v, setting)
     out = to_sequence(out, topology.ulysses, _peer_lens(sequence))
     if sinks is None and not return_lse:
@@ -170,7 +180,7 @@ class _RingAttention(torch.autograd.Function):
         def visit(seen: Tensor, source: int) -> Tensor:
             nonlocal dq
             dkv = torch.empty_like(seen, dtype=dtype)
-            kv, rows = wire.split(seen), (lse, delta)
+            kv, rows = wire.split(seen), (lse, delta, out)
             with torch.autocast(seen.device.type, enabled=False):
                 dq = setting.kernel.backward(
                     dout, q, kv, rows, setting.step(source), dq, wire.split(dkv)

@@ -145,6 +145,19 @@ class Plan:
         rank = self._order[0]
         return next((s for s in reversed(self._order) if self.needs(rank, s)), None)
 
+    @cached_property
+    def num_regions(self) -> int:
+        """Regions of the mask; the same on every rank."""
+        return sum(1 for _ in self._regions)
+
+    @cached_property
+    def windowed(self) -> bool:
+        """Whether the mask hides keys on the left of a diagonal; the same on every rank."""
+        q_len = sum(map(shard_len, self._q_shards))
+        return any(
+            region.left < min(region.q_stop, q_len) - 1 - region.k_start for region in self._regions
+        )
+
     def tiles(self, source: int) -> tuple[Tile, ...]:
         """What this rank's queries see of the keys of `source`."""
         if source not in self._tiles:
