@@ -15,7 +15,7 @@ from ring_sp import layout
 from ring_sp.kernels import Call, Kernel, Step
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.layout import Shard, shard_len
-from ring_sp.regions import Regions, Tile
+from ring_sp.regions import UNBOUNDED, Regions, Tile
 
 HEADS = [(2, 2), (4, 2), (4, 1), (6, 3)]
 DIMS = [(8, 8), (16, 8), (16, 32), (64, 64)]
@@ -47,7 +47,7 @@ class Problem:
             self.softcap is not None,
             self.scale,
             grouped=self.heads[0] != self.heads[1],
-            windowed=any(tile.hi < tile.q_stop - tile.q_start - 1 for tile in self.tiles),
+            windowed=any(region.left < UNBOUNDED for region in self.regions),
             num_regions=len(self.tiles),
             lse_gradient=self.lse_gradient,
         )
@@ -95,7 +95,7 @@ class Problem:
         return q, k, v, dout, dlse.to(self.device, accumulation_dtype(self.dtype))
 
 
-def problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
+def problems(dtype: torch.dtype, device: str, lse_gradient: bool = True) -> Iterator[Problem]:
     """Two shards of every mask, with tiles of all shapes."""
     random = Random(0)
     for number in range(4):
@@ -112,7 +112,7 @@ def problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
             regions = cases(seq_len)[mask][0].regions(seq_len)
             problem = Problem(regions, *two, heads, dims, scale, softcap, dtype, device, number)
             if problem.tiles:
-                yield problem
+                yield replace(problem, lse_gradient=lse_gradient)
 
 
 def served(kernel: Kernel, dtype: torch.dtype, device: str) -> list[Problem]:

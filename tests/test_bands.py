@@ -96,6 +96,17 @@ def test_a_shard_that_meets_itself_is_one_causal_tile(name: str) -> None:
         assert band_of(tile) == (None, 0)
 
 
+def test_a_mask_without_windows_needs_none_after_coalescing() -> None:
+    random = Random(0)
+    for _ in range(50):
+        cuts = [0, *accumulate(random.choice([1, 1, 2, 5]) for _ in range(10))]
+        regions = masks.documents(cuts).regions(cuts[-1])
+        for queries in layout.shards(cuts[-1], 2, "zigzag"):
+            for keys in layout.shards(cuts[-1], 2, "zigzag"):
+                fewer = coalesce(regions.tiles(queries, keys))
+                assert all(band_of(tile).left is None for tile in fewer)
+
+
 def test_zigzag_shards_meet_in_one_tile() -> None:
     shards = layout.shards(64, 4, "zigzag")
     regions = masks.causal().regions(64)

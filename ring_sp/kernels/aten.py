@@ -85,10 +85,11 @@ def backward(
     dout, q, k, v = tensors
     lse, _, out = rows
     tiles = _tiles(step)
-    sums = zero_sums(dkv)
+    whole = len(tiles) == 1 and (tiles[0].k_start, tiles[0].k_stop) == (0, k.shape[1])
+    sums = None if whole else zero_sums(dkv)
     for number, tile in enumerate(tiles, 1):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-        dq_part, *parts = differentiate(
+        dq_part, dk, dv = differentiate(
             dout[:, at_q],
             (q[:, at_q], k[:, at_k], v[:, at_k]),
             (out[:, at_q], lse[:, :, at_q].contiguous()),
@@ -98,9 +99,13 @@ def backward(
         done = step.final and number == len(tiles)
         dtype = q.dtype if done else accumulation_dtype(q.dtype)
         dq = fold_gradient(dq, dq_part, at_q, q.shape[1], dtype)
-        for total, part in zip(sums, parts, strict=True):
-            total[:, at_k] += part
-    settle(sums, dkv)
+        if sums is None:
+            settle((dk, dv), dkv)
+        else:
+            sums[0][:, at_k] += dk
+            sums[1][:, at_k] += dv
+    if sums is not None:
+        settle(sums, dkv)
     assert dq is not None, "a step has tiles"
     return dq
 

@@ -121,8 +121,10 @@ def _join(a: Tile, b: Tile) -> Tile | None:
         max(lo, 1 - k_stop + k_start),
         min(hi, q_stop - q_start - 1),
     )
-    # It holds the pairs of both, so with as many pairs it holds no others.
-    return joint if joint.area == a.area + b.area else None
+    # It holds the pairs of both, so with as many pairs it holds no others. Documents of one token
+    # would make a window of no width: they are better left to a wave.
+    limited = joint.hi < q_stop - q_start - 1 and all(x.hi == _shape(x)[0] - 1 for x in (a, b))
+    return None if limited or joint.area != a.area + b.area else joint
 
 
 def _expresses(band: Band, tile: Tile, own: Band) -> bool:

@@ -32,19 +32,25 @@ def backward(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> State:
+    batch, rows, heads, _ = q.shape
+    if (rows, k.shape[1]) == (1, 1):
+        q = _two(q)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *_heads_first(q, k, v), None, True, 0.0, causal, scale=scale
     )
-    return out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+    return out.transpose(1, 2)[:, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
 def _differentiate(
     dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], seen: State, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (q, k, _), (out, lse) = qkv, seen
+    (q, k, v), (out, lse) = qkv, seen
+    rows = q.shape[1]
+    if (rows, k.shape[1]) == (1, 1):
+        q, dout, out, lse = _two(q), _two(dout), _two(out), _two(lse, 2)
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *_heads_first(dout, *qkv, out),
+        *_heads_first(dout, q, k, v, out),
         lse.unsqueeze(-1),
         unused,
         unused,
@@ -57,7 +63,14 @@ def _differentiate(
         causal,
         scale=scale,
     )
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq.transpose(1, 2)[:, :rows], dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _two(x: Tensor, dim: int = 1) -> Tensor:
+    """A row of zeros beside the only one, with no gradient to give: cuDNN refuses one query that
+    meets one key.
+    """
+    return torch.cat([x, torch.zeros_like(x)], dim)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -154,15 +154,15 @@ def backward(
     sums = None if whole else zero_sums(dkv)
     for number, part in enumerate(parts, 1):
         given = dkv if whole and _fits(dkv, q.dtype) else None
-        dq_part, *dkv_part = _gradients(part, (dout, q, *kv), lse_delta, step, given)
+        dq_part, dk, dv = _gradients(part, (dout, q, *kv), lse_delta, step, given)
         done = step.final and number == len(parts)
         dtype = q.dtype if done else accumulation_dtype(q.dtype)
         dq = fold_gradient(dq, part.rows.spread(dq_part), part.rows.at, q.shape[1], dtype)
         if sums is None:
-            settle((dkv_part[0], dkv_part[1]), dkv)
-            continue
-        for total, x in zip(sums, dkv_part, strict=True):
-            total[:, part.cols.at] += part.cols.spread(x)
+            settle((dk, dv), dkv)
+        else:
+            sums[0][:, part.cols.at] += part.cols.spread(dk)
+            sums[1][:, part.cols.at] += part.cols.spread(dv)
     if sums is not None:
         settle(sums, dkv)
     assert dq is not None, "a step has tiles"
