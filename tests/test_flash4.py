@@ -1,6 +1,8 @@
 """The calls that flash4 makes, on an emulation of the library in plain torch."""
 
 import re
+from itertools import accumulate
+from random import Random
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from problems import Problem, dense, farthest, problems, results
 from torch import Tensor
 
+from ring_sp import layout, masks
 from ring_sp.kernels import Call, flash4
 
 BLOCK = 16
@@ -150,7 +153,9 @@ def test_results_in_low_precision_have_its_dtype_and_are_near(how: str) -> None:
         (Call("cuda", torch.float32, 64, 64), r"not in torch\.float32"),
         (Call("cuda", torch.bfloat16, 60, 60), r"not \(60, 60\)"),
         (Call("cuda", torch.bfloat16, 264, 264), r"not \(264, 264\)"),
-        (Call("cuda", torch.bfloat16, 64, 128), "no wider than keys"),
+        (Call("cuda", torch.bfloat16, 64, 128), r"not \(64, 128\)"),
+        (Call("cuda", torch.bfloat16, 128, 96), r"not \(128, 96\)"),
+        (Call("cuda", torch.bfloat16, 80, 80), "dq is wrong for a head dim of 80"),
         (Call("cuda", torch.bfloat16, 192, 128, grouped=True), "share keys"),
         (Call("cuda", torch.bfloat16, 64, 64, scale=-1.0), "positive scale"),
     ],
@@ -158,3 +163,26 @@ def test_results_in_low_precision_have_its_dtype_and_are_near(how: str) -> None:
 def test_a_refusal_says_why(call: Call, reason: str) -> None:
     found = flash4.refusal(call)
     assert found is not None and re.search(reason, found)
+
+
+@pytest.mark.gpu
+def test_hundreds_of_documents_are_as_exact_as_few() -> None:
+    """Above 256 sequences the library looks them up in another way."""
+    random = Random(0)
+    cuts = [0, *accumulate(random.choice([1, 2, 3, 20]) for _ in range(600))]
+    regions = masks.documents(cuts).regions(cuts[-1])
+    for name in ("contiguous", "striped"):
+        shards = layout.shards(cuts[-1], 2, name)
+        for keys in shards:
+            problem = Problem(
+                regions, shards[0], keys, (4, 2), (64, 64), 0.125, None, torch.bfloat16, "cuda", 0
+            )
+            if flash4.refusal(problem.call()) is not None:
+                pytest.skip("flash4 does not serve this machine")
+            if problem.tiles:
+                exact = dense(problem, torch.float64)
+                errors, own = (
+                    farthest([found], [exact])
+                    for found in (results(flash4, problem), dense(problem, torch.bfloat16))
+                )
+                assert all(x <= 3 * y for x, y in zip(errors, own, strict=True))
