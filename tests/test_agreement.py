@@ -80,7 +80,7 @@ def bad_calls() -> dict[str, str]:
         "keys": "kv_sequence",
         "uneven": "9 tokens",
         "sinks": r"sinks must be \[4\]",
-        "kernel": "auto, reference; got 'fast'",
+        "kernel": "reference; got 'fast'",
         "ulysses": "2 divides; got 3",
         "empty": "none of them 0",
         "rank 1 dtype": "same call.*float32.*float64",
