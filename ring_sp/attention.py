@@ -188,7 +188,7 @@ class _RingAttention(torch.autograd.Function):
         def visit(seen: Tensor, source: int) -> Tensor:
             nonlocal dq, kept
             dkv = torch.empty_like(seen, dtype=dtype)
-            kv, rows = wire.split(seen), (lse, delta)
+            kv, rows = wire.split(seen), (lse, delta, out)
             with torch.autocast(seen.device.type, enabled=False):
                 dq = setting.kernel.backward(
                     dout, q, kv, rows, setting.step(source), dq, wire.split(dkv)

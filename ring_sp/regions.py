@@ -71,6 +71,10 @@ class Regions:
     def __init__(self, regions: Iterable[Region]) -> None:
         self._chains = _chains(regions)
 
+    def __iter__(self) -> Iterator[Region]:
+        for chain in self._chains:
+            yield from chain.regions
+
     def tiles(self, q_shard: Shard, kv_shard: Shard) -> Iterator[Tile]:
         """What the queries of one shard see of the keys of another; each visible pair in exactly
         one tile.

@@ -160,6 +160,13 @@ class Plan:
         self._meet, self.needs = meet, needs
         self.path = Path(rings, needs)
         """The way of the keys to those who need them."""
+        self.num_regions = sum(1 for _ in regions)
+        """Regions of the mask."""
+        q_len = sum(map(shard_len, q_shards))
+        self.windowed = any(
+            region.left < min(region.q_stop, q_len) - 1 - region.k_start for region in regions
+        )
+        """Whether the mask hides keys on the left of a diagonal."""
         self._tiles: dict[int, tuple[Tile, ...]] = {}
         self.derived: defaultdict[int, dict[Hashable, Any]] = defaultdict(dict)
         """What kernels keep with the tiles of each source; see `kernels.contract.Step`."""

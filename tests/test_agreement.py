@@ -101,7 +101,7 @@ def bad_calls() -> dict[str, str]:
         "keys": "kv_sequence",
         "uneven": "9 tokens",
         "sinks": r"sinks must be a tensor \[4\].*got \[3\]",
-        "kernel": "auto, reference; got 'fast'",
+        "kernel": "reference; got 'fast'",
         "ulysses": "2 divides; got 3",
         "empty": "none of them 0",
         "no tensor": "q must be.*NoneType",

@@ -11,7 +11,7 @@ from torch import Tensor
 from visibility import cases
 
 from ring_sp import ShardedSequence, layout, masks, ring_attention
-from ring_sp.kernels import reference
+from ring_sp.kernels import Call, Kernel, reference, select
 
 MASKS = tuple(cases(24))
 
@@ -270,3 +270,27 @@ def test_kernels_get_tensors_that_are_dense_in_their_last_dimension(
     out = ring_attention(q, k, v, ShardedSequence(8))
     out.backward(torch.randn(1, 8, 4, 2).mT.contiguous().mT)
     assert len(seen) >= 5 and all(x.stride(3) == 1 for x in seen)
+
+
+def test_a_kernel_is_told_what_it_must_know_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def choose(name: str, call: Call) -> Kernel:
+        told.append(call)
+        return select(name, call)
+
+    monkeypatch.setattr("ring_sp.fit.select", choose)
+    q, k = torch.randn(1, 24, 4, 8), torch.randn(1, 24, 2, 8)
+    v, sinks = torch.randn(1, 24, 2, 16), torch.zeros(4)
+    plain = ShardedSequence(24, mask=masks.full())
+    packed = ShardedSequence(24, mask=masks.documents([0, 9, 24], masks.sliding_window(2)))
+    ring_attention(q, k, v, plain, scale=0.5)
+    ring_attention(q, q, q, packed, softcap=2.0)
+    ring_attention(q, k, v, plain, return_lse=True)
+    ring_attention(q, k, v, plain, sinks=sinks)
+    call = Call("cpu", torch.float32, 8, 16, scale=0.5, grouped=True)
+    with_lse = replace(call, scale=8**-0.5, lse_gradient=True)
+    windowed = Call(
+        "cpu", torch.float32, 8, 8, softcap=True, scale=8**-0.5, windowed=True, num_regions=2
+    )
+    assert told == [call, windowed, with_lse, with_lse]

@@ -1,29 +1,21 @@
 """Every kernel against unsharded attention, with NaN in all that it must not read."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from random import Random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 from oracle import attention
+from problems import dense, farthest, results, served
 from ringed import relative
-from torch import Tensor
-from visibility import cases
 
-from ring_sp import kernels, layout
-from ring_sp.kernels import KERNELS, Call, Kernel, Step, reference, select
-from ring_sp.kernels.contract import State, accumulation_dtype
+from ring_sp import kernels
+from ring_sp.kernels import KERNELS, Call, Kernel, reference, select
+from ring_sp.kernels.contract import State
 from ring_sp.kernels.merge import merge
-from ring_sp.layout import Shard, shard_len
-from ring_sp.regions import Regions
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
-HEADS = [(2, 2), (4, 2), (4, 1), (6, 3)]
-DIMS = [(8, 8), (16, 8), (16, 32), (64, 64)]
 CALL = Call("cpu", torch.float32, 64, 64)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -32,137 +24,6 @@ each_device = pytest.mark.parametrize(
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_kernel = pytest.mark.parametrize("name", KERNELS)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Queries of one shard that meet the keys of another."""
-
-    regions: Regions
-    q_shard: Shard
-    kv_shard: Shard
-    heads: tuple[int, int]
-    dims: tuple[int, int]
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype
-    device: str
-    seed: int
-
-    def step(self, keys: Shard) -> Step:
-        return Step(tuple(self.regions.tiles(self.q_shard, keys)), self.scale, self.softcap)
-
-    def steps(self) -> list[tuple[slice, Step]]:
-        """The keys cut into pieces, anywhere; those that somebody sees."""
-        random, found, at = Random(self.seed), [], 0
-        for span in self.kv_shard:
-            cuts = sorted({0, len(span), *random.choices(range(len(span)), k=2)})
-            for start, stop in pairwise(cuts):
-                step = self.step((span[start:stop],))
-                if step.tiles:
-                    found.append((slice(at + start, at + stop), step))
-            at += len(span)
-        last = len(found) - 1
-        return [(at, replace(step, final=n == last)) for n, (at, step) in enumerate(found)]
-
-    def visible(self) -> Tensor:
-        """bool [Sq, Sk], by the definition of a tile."""
-        seen = torch.zeros(shard_len(self.q_shard), shard_len(self.kv_shard), dtype=torch.bool)
-        for tile in self.step(self.kv_shard).tiles:
-            rows = torch.arange(tile.q_stop - tile.q_start)[:, None]
-            offset = rows - torch.arange(tile.k_stop - tile.k_start)
-            band = (tile.lo <= offset) & (offset <= tile.hi)
-            seen[tile.q_start : tile.q_stop, tile.k_start : tile.k_stop] |= band
-        return seen.to(self.device)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, dout in the dtype of the problem, dlse in that of accumulation."""
-        make = torch.Generator().manual_seed(self.seed)
-        (heads, kv_heads), (dim, v_dim) = self.heads, self.dims
-        rows, cols = shard_len(self.q_shard), shard_len(self.kv_shard)
-        keys, values = (cols, kv_heads, dim), (cols, kv_heads, v_dim)
-        shapes = [(rows, heads, dim), keys, values, (rows, heads, v_dim), (heads, rows)]
-        made = [torch.randn(2, *shape, generator=make, dtype=torch.float64) for shape in shapes]
-        q, k, v, dout = (x.to(self.device, self.dtype) for x in made[:4])
-        return q, k, v, dout, made[4].to(self.device, accumulation_dtype(self.dtype))
-
-
-def problems(dtype: torch.dtype, device: str) -> Iterator[Problem]:
-    """Two shards of every mask, with tiles of all shapes."""
-    random = Random(0)
-    for number in range(4):
-        for mask in cases(40):
-            seq_len, size = random.randint(12, 40), random.randint(1, 3)
-            shards = layout.shards(seq_len, size, random.choice(list(layout.LAYOUTS)))
-            dims = random.choice(DIMS)
-            scale = random.choice([1, 2]) * dims[0] ** -0.5
-            regions, softcap = cases(seq_len)[mask][0].regions(seq_len), random.choice([None, 1.5])
-            heads, two = random.choice(HEADS), (random.choice(shards), random.choice(shards))
-            problem = Problem(regions, *two, heads, dims, scale, softcap, dtype, device, number)
-            if problem.step(problem.kv_shard).tiles:
-                yield problem
-
-
-def served(kernel: Kernel, dtype: torch.dtype, device: str) -> list[Problem]:
-    """The problems that a kernel does not refuse."""
-
-    def refused(each: Problem) -> str | None:
-        return kernel.refusal(Call(device, dtype, *each.dims, each.softcap is not None))
-
-    found = [each for each in problems(dtype, device) if not refused(each)]
-    if not found:
-        pytest.skip(f"{kernel.__name__} serves no {dtype} on {device}")
-    return found
-
-
-def results(kernel: Kernel, problem: Problem, how: str = "one step") -> list[Tensor]:
-    """out, lse, dq, dk, dv of a kernel, with NaN in all slots that nobody may read."""
-    q, k, v, dout, dlse = problem.tensors()
-    visible = problem.visible()
-    rows, cols = (~visible.any(axis)[:, None, None] for axis in (1, 0))
-    q, dout = (x.masked_fill(rows, torch.nan) for x in (q, dout))
-    k, v = (x.masked_fill(cols, torch.nan) for x in (k, v))
-    if how == "strided views":
-        q, k, v, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout))
-    whole = [(slice(None), problem.step(problem.kv_shard))]
-    steps = problem.steps() if how == "keys cut anywhere" else whole
-    state = None
-    for at, step in steps:
-        state = kernel.forward(q, k[:, at], v[:, at], step, state)
-    assert state is not None
-    out, lse = state
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2) - dlse
-    dtype = q.dtype if how == "gradients of keys in q's dtype" else lse.dtype
-    dq, dk, dv = None, torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    for at, step in steps:
-        parts = torch.full_like(dk[:, at], torch.nan), torch.full_like(dv[:, at], torch.nan)
-        dq = kernel.backward(dout, q, (k[:, at], v[:, at]), (lse, delta), step, dq, parts)
-        dk[:, at], dv[:, at] = parts
-    assert dq is not None
-    return [out, lse, dq, dk, dv]
-
-
-def dense(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
-    """The same from unsharded attention computed in a dtype."""
-    *inputs, dout, dlse = (x.to(dtype) for x in problem.tensors())
-    q, k, v = (x.requires_grad_() for x in inputs)
-    out, lse = attention(q, k, v, problem.visible(), problem.scale, problem.softcap)
-    finite = lse.masked_fill(lse.isinf(), 0)
-    loss = (out * dout).sum() + (finite * dlse).sum()
-    return [x.detach().double() for x in (out, lse, *torch.autograd.grad(loss, (q, k, v)))]
-
-
-def distance(mine: Tensor, true: Tensor) -> float:
-    """The largest difference; infinite unless both are finite in the same places."""
-    if not torch.equal(mine.isfinite(), true.isfinite()):
-        return torch.inf
-    return (mine.double() - true.double()).masked_fill(true.isinf(), 0).abs().max().item()
-
-
-def farthest(found: list[list[Tensor]], wanted: list[list[Tensor]]) -> list[float]:
-    """The largest difference of each result over many problems."""
-    differences = [map(distance, *pair) for pair in zip(found, wanted, strict=True)]
-    return list(map(max, zip(*differences, strict=True)))
 
 
 @each_device
@@ -203,15 +64,16 @@ def test_padding_poisoned_with_nan_leaves_results_empty_and_gradients_zero(
 
 
 @each_device
+@each_dtype
 @each_kernel
-def test_dq_is_added_to_and_dkv_is_overwritten(name: str, device: str) -> None:
-    kernel, dtype = KERNELS[name], torch.float32
+def test_dq_is_added_to_and_dkv_is_overwritten(name: str, dtype: torch.dtype, device: str) -> None:
+    kernel = KERNELS[name]
     for problem in served(kernel, dtype, device):
         q, k, v, dout, _ = problem.tensors()
         last, parts = problem.step(problem.kv_shard), (torch.empty_like(k), torch.empty_like(v))
         first = replace(last, final=False)
-        _, lse = kernel.forward(q, k, v, last, None)
-        rows = lse, torch.zeros_like(lse)
+        out, lse = kernel.forward(q, k, v, last, None)
+        rows = lse, torch.zeros_like(lse), torch.zeros_like(out)
         once = kernel.backward(dout, q, (k, v), rows, last, None, parts).clone()
         before = [x.clone() for x in parts]
         dq = kernel.backward(dout, q, (k, v), rows, first, None, parts)

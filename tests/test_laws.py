@@ -18,6 +18,9 @@ LAYERS = [
     "sequence",
     "kernels.contract",
     "kernels.merge",
+    "kernels.bands",
+    "kernels.fold",
+    "kernels.aten",
     "kernels.*",
     "kernels",
     "ulysses",
@@ -37,7 +40,7 @@ LAYERS = [
 """The modules of ring_sp, each below all that may import it. kernels.* is a backend without a place
 of its own; one backend does not import another.
 """
-TORCHLESS = {"ring_sp.layout", "ring_sp.regions", "ring_sp.masks"}
+TORCHLESS = {"ring_sp.layout", "ring_sp.regions", "ring_sp.masks", "ring_sp.kernels.bands"}
 HOSTS = {"megatron", "deepspeed", "transformers", "accelerate", "apex", "transformer_engine"}
 MAX_LINES, MAX_TRITON_LINES, MAX_STATEMENTS = 300, 450, 40
 

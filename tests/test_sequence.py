@@ -11,6 +11,7 @@ from torch import Tensor
 from visibility import cases
 
 from ring_sp import ShardedSequence, layout, masks
+from ring_sp.kernels.bands import band_of
 from ring_sp.ring import Axis
 from ring_sp.topology import Topology
 
@@ -248,3 +249,29 @@ def test_one_rank_by_itself_holds_everything() -> None:
     assert seq.local_len == 7 and seq.lens == (7,)
     assert torch.equal(seq.shard(x), x) and torch.equal(seq.unshard(x), x)
     assert (seq.mask, seq.layout) == (masks.causal(), "zigzag")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_mask_that_is_not_windowed_limits_no_band_on_the_left_and_every_rank_knows(
+    size: int,
+) -> None:
+    found = {}
+    for name, (mask, _) in cases(24).items():
+        plans = [
+            ShardedSequence(24, station(rank, size), mask, kind).plan()
+            for rank in range(size)
+            for kind in layout.LAYOUTS
+        ]
+        (found[name],) = {plan.windowed for plan in plans}
+        assert len({plan.num_regions for plan in plans}) == 1
+        tiles = [tile for plan in plans for source in range(size) for tile in plan.tiles(source)]
+        assert found[name] or all(band_of(tile).left is None for tile in tiles)
+    assert [name for name, windowed in found.items() if not windowed] == [
+        "full",
+        "causal",
+        "chunked",
+        "documents",
+    ]
+    for limit in (22, 23):
+        plan = ShardedSequence(24, station(0, 1), masks.sliding_window(limit)).plan()
+        assert plan.windowed == (limit < 23)

@@ -25,13 +25,23 @@ that of a dq under way, are the kernel's own; both end in q's dtype.
 
 @dataclass(frozen=True)
 class Call:
-    """What decides whether a kernel can serve a call."""
+    """What decides whether a kernel can serve a call: the same on every rank.
+
+    `grouped` if query heads share key heads; `windowed` if the mask hides keys on the left of a
+    diagonal, too far back or not far enough ahead; `num_regions` counts the mask's documents and
+    other regions; `lse_gradient` if lse may have a gradient.
+    """
 
     device_type: str
     dtype: torch.dtype
     head_dim: int
     v_head_dim: int
     softcap: bool = False
+    scale: float = 1.0
+    grouped: bool = False
+    windowed: bool = False
+    num_regions: int = 1
+    lse_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class Kernel(Protocol):
         dout: Tensor,
         q: Tensor,
         kv: tuple[Tensor, Tensor],
-        rows: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor, Tensor],
         step: Step,
         dq: Tensor | None,
         dkv: tuple[Tensor, Tensor],
@@ -77,8 +87,9 @@ class Kernel(Protocol):
         """Add to dq [B, Sq, H, D], whose memory it may reuse, and return the sum (None starts one);
         overwrite all of dk and dv, which have the accumulation dtype or q's.
 
-        `rows` is (lse, delta), both [B, H, Sq] over all keys of the sequence, in the accumulation
-        dtype, with delta = the sum of dout * out along Dv, less the gradient of lse.
+        `rows` is (lse, delta, out) over all keys of the sequence: lse and delta [B, H, Sq] in the
+        accumulation dtype, with delta = the sum of dout * out along Dv, less the gradient of lse;
+        out in q's dtype.
         """
 
 

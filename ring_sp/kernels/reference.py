@@ -45,13 +45,13 @@ def backward(
     dout: Tensor,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, Tensor, Tensor],
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
 ) -> Tensor:
     """See `contract.Kernel`."""
-    (k, v), (dk, dv), (lse, delta) = kv, dkv, rows
+    (k, v), (dk, dv), (lse, delta, _) = kv, dkv, rows
     dtype = accumulation_dtype(q.dtype)
     dq = torch.zeros_like(q, dtype=dtype) if dq is None else dq
     sums = torch.zeros_like(dk, dtype=dtype), torch.zeros_like(dv, dtype=dtype)
