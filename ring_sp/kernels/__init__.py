@@ -1,11 +1,11 @@
 """Attention kernels behind one contract: a module for each, chosen by name or by what it can do."""
 
-from ring_sp.kernels import reference
+from ring_sp.kernels import reference, triton
 from ring_sp.kernels.contract import Call, Kernel, Step
 
 __all__ = ["KERNELS", "Call", "Kernel", "Step", "select"]
 
-KERNELS: dict[str, Kernel] = {"reference": reference}
+KERNELS: dict[str, Kernel] = {"triton": triton, "reference": reference}
 """By name, in the order in which "auto" tries them."""
 
 
