@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from ring_sp.fit import Options, fitting_kernel
 from ring_sp.kernels import Kernel, Step
 from ring_sp.kernels.contract import State, accumulation_dtype, empty_state
+from ring_sp.kernels.delta import row_delta
 from ring_sp.kernels.merge import weight
 from ring_sp.ring import Message, ring_pass
 from ring_sp.sequence import Plan, ShardedSequence
@@ -172,36 +173,44 @@ class _RingAttention(torch.autograd.Function):
         out, lse = state or empty_state(q, v)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.setting, ctx.wire = setting, wire
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, own, out, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, kv, out, lse = ctx.saved_tensors
         setting, wire = ctx.setting, ctx.wire
         dtype = accumulation_dtype(q.dtype)
+        dout = torch.zeros_like(out) if dout is None else dout
         dout = dout if dout.stride(3) == 1 else dout.contiguous()
-        delta = (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2) - dlse
+        delta = row_delta(dout, out, dlse)
         dq: Tensor | None = None
         kept: Tensor | None = None
 
+        # Where only one other rank adds, its part is rounded but once: it may travel in q's dtype.
+        sums_dtype = dtype if setting.topology.ring_size > 2 else q.dtype
+        own_dtype = dtype if setting.topology.ring_size > 1 else q.dtype
+
         def visit(seen: Tensor, source: int) -> Tensor:
             nonlocal dq, kept
-            dkv = torch.empty_like(seen, dtype=dtype)
-            kv, rows = wire.split(seen), (lse, delta, out)
+            own = source == setting.plan.rank
+            dkv = torch.empty_like(seen, dtype=own_dtype if own else sums_dtype)
+            rows = lse, delta, out
             with torch.autocast(seen.device.type, enabled=False):
                 dq = setting.kernel.backward(
-                    dout, q, kv, rows, setting.step(source), dq, wire.split(dkv)
+                    dout, q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
                 )
-            if source == setting.plan.rank:
-                kept = dkv
+            kept = dkv if own else kept
             return dkv
 
         message = Message(
-            lambda source: wire.numel(setting.plan.kv_len(source)), own.dtype, own.device, dtype
+            lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device, sums_dtype
         )
-        others = ring_pass(own, setting.plan.path, visit, message)
-        dkv = _sum(own, kept, others)
+        others = ring_pass(kv, setting.plan.path, visit, message)
+        dkv = _sum(kv, kept, others)
         return torch.zeros_like(q) if dq is None else dq, *wire.split(dkv), None
 
 

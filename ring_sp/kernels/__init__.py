@@ -1,6 +1,6 @@
 """Attention kernels behind one contract: a module for each, chosen by name or by what it can do."""
 
-from ring_sp.kernels import cudnn, flash, flash4, reference
+from ring_sp.kernels import cudnn, flash, flash4, reference, triton
 from ring_sp.kernels.contract import Call, Kernel, Step
 
 __all__ = ["KERNELS", "Call", "Kernel", "Step", "select"]
@@ -8,6 +8,7 @@ __all__ = ["KERNELS", "Call", "Kernel", "Step", "select"]
 KERNELS: dict[str, Kernel] = {
     "flash4": flash4,
     "cudnn": cudnn,
+    "triton": triton,
     "flash": flash,
     "reference": reference,
 }

@@ -16,6 +16,10 @@ def fold(state: State | None, part: State, rows: slice, num_rows: int, dtype: to
     every = (rows.start, rows.stop) == (0, num_rows)
     if state is None and every:
         return part
+    if out.is_cuda:
+        from ring_sp.kernels import triton_merge
+
+        return triton_merge.fold(state, part, rows, num_rows, dtype)
     if state is None:
         batch, _, heads, dim = out.shape
         state = (
@@ -42,9 +46,10 @@ def fold_gradient(
         total = part.new_zeros(part.shape[0], num_rows, *part.shape[2:], dtype=dtype)
         total[:, rows] = part
         return total
-    total = total.to(accumulation_dtype(part.dtype))
-    total[:, rows] += part
-    return total.to(dtype)
+    joint = total if total.dtype == dtype else total.to(dtype)
+    # The sum is formed in float32 and rounded once, whatever the dtypes.
+    torch.add(total[:, rows], part, out=joint[:, rows])
+    return joint
 
 
 def zero_sums(buffers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,291 @@
+"""Gradients of `triton_forward`: dk and dv in one launch, dq in another, without atomics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_sp.kernels.contract import Step
+from ring_sp.kernels.tile_table import tile_table
+from ring_sp.kernels.triton_blocks import (
+    LOG2E,
+    Shape,
+    descriptor,
+    line_descriptor,
+    load_block,
+    load_dense,
+    load_entry,
+    load_line,
+    masked_start,
+    num_masked,
+    padded,
+    raw_scores,
+    score_factors,
+    store_block,
+    strides,
+    visible,
+)
+
+Pair = tuple[Tensor, Tensor]
+
+
+def query_gradients(
+    dout: Tensor, q: Tensor, kv: Pair, rows: Pair, step: Step, dq: Tensor | None, shape: Shape
+) -> Tensor:
+    """dq of `contract.Kernel.backward`, by blocks of `shape.rows` queries."""
+    (k, v), (lse, delta) = kv, (x.contiguous() for x in rows)
+    batch, num_rows, heads, dim = q.shape
+    v_dim = v.shape[3]
+    table = tile_table(step, q.device, num_rows, (shape.rows, shape.cols))
+    dtype = q.dtype if step.final else torch.float32
+    in_place = dq is not None and dq.dtype == dtype
+    total = dq if in_place else q.new_empty(batch, num_rows, heads, dim, dtype=dtype)
+    num_blocks = table.num_active if in_place else len(table.order)
+    inner, factor = score_factors(step.scale, step.softcap)
+    query_kernel[(num_blocks * batch * heads,)](
+        (q, k, v, dout, lse, delta, total, dq),
+        descriptor(k, shape.cols, shape),
+        descriptor(v, shape.cols, shape),
+        table[:3],
+        (strides(q), strides(k), strides(v), strides(dout)),
+        (batch, heads, num_rows),
+        (inner, factor, step.scale),
+        heads // k.shape[2],
+        step.softcap is not None,
+        dim,
+        v_dim,
+        padded(dim),
+        padded(v_dim),
+        shape.rows,
+        shape.cols,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
+    return total
+
+
+def key_gradients(
+    dout: Tensor, q: Tensor, kv: Pair, rows: Pair, step: Step, dkv: Pair, shape: Shape
+) -> None:
+    """dk and dv of `contract.Kernel.backward`, by blocks of `shape.rows` keys."""
+    (k, v), (lse, delta), (dk, dv) = kv, (x.contiguous() for x in rows), dkv
+    batch, num_keys, kv_heads, dim = k.shape
+    v_dim = v.shape[3]
+    table = tile_table(step, q.device, num_keys, (shape.rows, shape.cols), keys=True)
+    inner, factor = score_factors(step.scale, step.softcap)
+    key_kernel[(len(table.order) * batch * kv_heads,)](
+        (q, k, v, dout, lse, delta, dk, dv),
+        descriptor(q, shape.cols, shape),
+        descriptor(dout, shape.cols, shape),
+        line_descriptor(lse, shape.cols, shape),
+        line_descriptor(delta, shape.cols, shape),
+        table[:3],
+        tuple(strides(x) for x in (q, k, v, dout, dk, dv)),
+        (batch, kv_heads, num_keys, q.shape[1]),
+        (inner, factor, step.scale),
+        q.shape[2] // kv_heads,
+        step.softcap is not None,
+        dim,
+        v_dim,
+        padded(dim),
+        padded(v_dim),
+        shape.rows,
+        shape.cols,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
+
+
+@triton.jit
+def head_of(x, strides, b, head):
+    """Where a head of [B, S, H, D] starts."""
+    return x + b.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def score_gradients(raw, weights, a, b, bias, SOFTCAP: tl.constexpr):
+    """Of raw @ its factors, from a @ b.T = dout @ v.T or its transpose."""
+    gradients = weights * (tl.dot(a, b.T, input_precision="ieee") - bias)
+    if SOFTCAP:
+        gradients *= 1 - raw * raw
+    return gradients
+
+
+@triton.jit
+def query_kernel(
+    tensors,
+    k_tiles,
+    v_tiles,
+    table,
+    strides,
+    sizes,
+    factors,
+    GROUP,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_V_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dq of a block of rows of one head."""
+    q, k, v, dout, lse, delta, dq, old = tensors
+    entries, offsets, order = table
+    batch, heads, num_rows = sizes
+    at = tl.program_id(0)
+    block = tl.load(order + at // (batch * heads))
+    row_start = block * ROWS
+    head, b = (at % heads), (at // heads % batch)
+    kv_head = head // GROUP
+    k, v = head_of(k, strides[1], b, kv_head), head_of(v, strides[2], b, kv_head)
+    stride = (heads * DIM).to(tl.int64)
+    of_dq = b * num_rows * stride + head * DIM
+    rows = row_start + tl.arange(0, ROWS)
+    queries = load_block(
+        head_of(q, strides[0], b, head),
+        row_start,
+        (0, num_rows),
+        strides[0][1],
+        ROWS,
+        DIM,
+        BLOCK_DIM,
+    )
+    grads = load_block(
+        head_of(dout, strides[3], b, head),
+        row_start,
+        (0, num_rows),
+        strides[3][1],
+        ROWS,
+        V_DIM,
+        BLOCK_V_DIM,
+    )
+    exist, line = rows < num_rows, (b * heads + head).to(tl.int64) * num_rows
+    norm = tl.load(lse + line + rows, mask=exist, other=float("inf")) * LOG2E
+    bias = tl.load(delta + line + rows, mask=exist, other=0.0)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for entry in range(tl.load(offsets + block), tl.load(offsets + block + 1)):
+        band, span = load_entry(entries, entry)
+        for start in tl.range(span[1], span[2], COLS):
+            keys = load_dense(k, k_tiles, (b, kv_head), start, strides[1][1], COLS, DIM, BLOCK_DIM)
+            values = load_dense(
+                v, v_tiles, (b, kv_head), start, strides[2][1], COLS, V_DIM, BLOCK_V_DIM
+            )
+            raw = raw_scores(queries, keys, factors[0], SOFTCAP)
+            weights = tl.exp2(raw * factors[1] - norm[:, None])
+            dscores = score_gradients(raw, weights, grads, values, bias[:, None], SOFTCAP)
+            acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+        for n in tl.range(num_masked(span, COLS)):
+            start = masked_start(n, span, COLS)
+            cols = start + tl.arange(0, COLS)
+            keys = load_block(k, start, (span[0], span[3]), strides[1][1], COLS, DIM, BLOCK_DIM)
+            values = load_block(
+                v, start, (span[0], span[3]), strides[2][1], COLS, V_DIM, BLOCK_V_DIM
+            )
+            raw = raw_scores(queries, keys, factors[0], SOFTCAP)
+            weights = tl.exp2(raw * factors[1] - norm[:, None])
+            dscores = score_gradients(raw, weights, grads, values, bias[:, None], SOFTCAP)
+            seen = visible(rows[:, None], cols[None, :], band, span)
+            dscores = tl.where(seen, dscores, 0.0)
+            acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+    acc *= factors[2]
+    if old is not None:
+        acc += load_block(old + of_dq, row_start, (0, num_rows), stride, ROWS, DIM, BLOCK_DIM)
+    store_block(dq + of_dq, acc, row_start, num_rows, stride, ROWS, DIM, BLOCK_DIM)
+
+
+@triton.jit
+def key_kernel(
+    tensors,
+    q_tiles,
+    dout_tiles,
+    lse_tiles,
+    delta_tiles,
+    table,
+    strides,
+    sizes,
+    factors,
+    GROUP,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_V_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dk and dv of a block of keys, summed over the query heads that read them. The table's rows
+    are the keys.
+    """
+    q, k, v, dout, lse, delta, dk, dv = tensors
+    entries, offsets, order = table
+    batch, kv_heads, num_keys, num_rows = sizes
+    at = tl.program_id(0)
+    block = tl.load(order + at // (batch * kv_heads))
+    key_start = block * ROWS
+    kv_head, b = at % kv_heads, at // kv_heads % batch
+    keys = load_block(
+        head_of(k, strides[1], b, kv_head),
+        key_start,
+        (0, num_keys),
+        strides[1][1],
+        ROWS,
+        DIM,
+        BLOCK_DIM,
+    )
+    values = load_block(
+        head_of(v, strides[2], b, kv_head),
+        key_start,
+        (0, num_keys),
+        strides[2][1],
+        ROWS,
+        V_DIM,
+        BLOCK_V_DIM,
+    )
+    rows = key_start + tl.arange(0, ROWS)
+    dkeys = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    dvalues = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
+    first, last = tl.load(offsets + block), tl.load(offsets + block + 1)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        of_q, of_dout = head_of(q, strides[0], b, head), head_of(dout, strides[3], b, head)
+        line = (b * kv_heads * GROUP + head) * num_rows
+        for entry in range(first, last):
+            band, span = load_entry(entries, entry)
+            for start in tl.range(span[1], span[2], COLS):
+                queries = load_dense(
+                    of_q, q_tiles, (b, head), start, strides[0][1], COLS, DIM, BLOCK_DIM
+                )
+                grads = load_dense(
+                    of_dout, dout_tiles, (b, head), start, strides[3][1], COLS, V_DIM, BLOCK_V_DIM
+                )
+                norm = load_line(lse, lse_tiles, line + start, COLS)
+                bias = load_line(delta, delta_tiles, line + start, COLS)
+                raw = raw_scores(keys, queries, factors[0], SOFTCAP)
+                weights = tl.exp2(raw * factors[1] - norm[None, :] * LOG2E)
+                dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
+                dscores = score_gradients(raw, weights, values, grads, bias[None, :], SOFTCAP)
+                dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
+            for n in tl.range(num_masked(span, COLS)):
+                start = masked_start(n, span, COLS)
+                cols = start + tl.arange(0, COLS)
+                queries = load_block(
+                    of_q, start, (span[0], span[3]), strides[0][1], COLS, DIM, BLOCK_DIM
+                )
+                grads = load_block(
+                    of_dout, start, (span[0], span[3]), strides[3][1], COLS, V_DIM, BLOCK_V_DIM
+                )
+                exist = cols < span[3]
+                norm = tl.load(lse + line.to(tl.int64) + cols, mask=exist, other=0.0)
+                bias = tl.load(delta + line.to(tl.int64) + cols, mask=exist, other=0.0)
+                raw = raw_scores(keys, queries, factors[0], SOFTCAP)
+                seen = visible(rows[:, None], cols[None, :], band, span)
+                weights = tl.exp2(raw * factors[1] - norm[None, :] * LOG2E)
+                weights = tl.where(seen, weights, 0.0)
+                dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
+                dscores = score_gradients(raw, weights, values, grads, bias[None, :], SOFTCAP)
+                dscores = tl.where(seen, dscores, 0.0)
+                dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
+    to_dk, to_dv = head_of(dk, strides[4], b, kv_head), head_of(dv, strides[5], b, kv_head)
+    store_block(to_dk, dkeys * factors[2], key_start, num_keys, strides[4][1], ROWS, DIM, BLOCK_DIM)
+    store_block(to_dv, dvalues, key_start, num_keys, strides[5][1], ROWS, V_DIM, BLOCK_V_DIM)

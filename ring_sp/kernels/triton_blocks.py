@@ -1,0 +1,164 @@
+"""What the Triton kernels share: loads that cannot overrun, scores, and the walk over a table."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ring_sp.kernels import tile_table
+
+LOG2E = tl.constexpr(1.4426950408889634)
+ALIGN = tl.constexpr(tile_table.ALIGN)
+
+
+class Shape(NamedTuple):
+    """What a launch is built from: rows and columns of a block, warps, pipeline stages, and whether
+    blocks are read through tensor descriptors.
+    """
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+def padded(dim: int) -> int:
+    """The least power of two that a matrix product takes and that holds `dim`."""
+    return max(triton.next_power_of_2(dim), 16)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of [B, S, H, D] but for D, which is dense."""
+    return x.stride()[:3]
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(a, b) such that the score in units of log 2 is tanh(a * q.k) * b, or without softcap
+    q.k * b.
+    """
+    if softcap is None:
+        return 1.0, scale * LOG2E.value
+    return scale / softcap, softcap * LOG2E.value
+
+
+def descriptor(x: Tensor, rows: int, shape: Shape) -> TensorDescriptor | None:
+    """Of [B, S, H, D] for blocks of `rows` slots of a head, if the shape asks for one and the
+    strides allow it.
+    """
+    step = 16 // x.element_size()
+    aligned = all(stride % step == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    if not shape.descriptors or not aligned:
+        return None
+    by_head = x.transpose(1, 2)
+    block = [1, 1, rows, padded(x.shape[3])]
+    return TensorDescriptor(x, list(by_head.shape), list(by_head.stride()), block)
+
+
+def line_descriptor(x: Tensor, cols: int, shape: Shape) -> TensorDescriptor | None:
+    """Of a dense [B, H, S], for stretches of `cols` slots."""
+    if not shape.descriptors or x.data_ptr() % 16 or x.shape[2] % ALIGN.value:
+        return None
+    return TensorDescriptor(x, [x.numel()], [1], [cols])
+
+
+@triton.jit
+def load_block(
+    base, start, bounds, stride, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Rows start .. start + BLOCK - 1 of a [rows, DIM] matrix, with zeros outside of bounds[0] ..
+    bounds[1] - 1 and past DIM.
+    """
+    rows = start + tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = ((rows >= bounds[0]) & (rows < bounds[1]))[:, None]
+    if BLOCK_DIM != DIM:
+        mask = mask & (dims < DIM)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(
+    base, x, start, stop, stride, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Write what exists of such a block."""
+    rows = start + tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = rows[:, None] < stop
+    if BLOCK_DIM != DIM:
+        mask = mask & (dims < DIM)[None, :]
+    to = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    tl.store(to, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_dense(
+    base, tiles, at, start, stride, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """`load_block` where all rows exist; `tiles`, if any, is a descriptor of [B, H, rows, DIM] and
+    `at` the (B, H) of `base`.
+    """
+    if tiles is None:
+        return load_block(base, start, (start, start + BLOCK), stride, BLOCK, DIM, BLOCK_DIM)
+    return tiles.load([at[0], at[1], start, 0]).reshape(BLOCK, BLOCK_DIM)
+
+
+@triton.jit
+def load_line(base, tiles, start, COLS: tl.constexpr):
+    """start .. start + COLS - 1 of a dense tensor, all of which exist."""
+    if tiles is None:
+        return tl.load(base + start.to(tl.int64) + tl.arange(0, COLS))
+    return tiles.load([start])
+
+
+@triton.jit
+def tanh(x):
+    # exp2 of 88 overflows nothing, and tanh is 1 long before.
+    return 1 - 2 / (tl.exp2(tl.minimum(x, 30.0) * (2 * LOG2E)) + 1)
+
+
+@triton.jit
+def raw_scores(a, b, inner, SOFTCAP: tl.constexpr):
+    """a @ b.T, such that times a factor it is the score in units of log 2."""
+    raw = tl.dot(a, b.T, input_precision="ieee")
+    if SOFTCAP:
+        raw = tanh(raw * inner)
+    return raw
+
+
+@triton.jit
+def load_entry(entries, at):
+    """A row of a `TileTable`: the band, and the span of columns."""
+    entry = entries + at * 8
+    return (
+        (tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)),
+        (tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)),
+    )
+
+
+@triton.jit
+def num_masked(span, COLS: tl.constexpr):
+    """Blocks of columns that need a mask."""
+    start, full_start, full_stop, stop = span
+    return (full_start - start // ALIGN * ALIGN) // COLS + tl.cdiv(stop - full_stop, COLS)
+
+
+@triton.jit
+def masked_start(n, span, COLS: tl.constexpr):
+    """Where the n-th of them starts."""
+    start, full_start, full_stop, _ = span
+    first = start // ALIGN * ALIGN
+    before = (full_start - first) // COLS
+    return tl.where(n < before, first + n * COLS, full_stop + (n - before) * COLS)
+
+
+@triton.jit
+def visible(rows, cols, band, span):
+    """Which of `rows` x `cols`, already shaped to broadcast, see each other."""
+    row_start, row_stop, lo, hi = band
+    offset = rows - cols
+    row_seen = (rows >= row_start) & (rows < row_stop)
+    col_seen = (cols >= span[0]) & (cols < span[3])
+    return (offset >= lo) & (offset <= hi) & row_seen & col_seen

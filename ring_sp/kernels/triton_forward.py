@@ -1,0 +1,152 @@
+"""Attention of queries over the keys of one step, folded into a running result, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_sp.kernels.contract import State, Step
+from ring_sp.kernels.tile_table import tile_table
+from ring_sp.kernels.triton_blocks import (
+    LOG2E,
+    Shape,
+    descriptor,
+    load_block,
+    load_dense,
+    load_entry,
+    masked_start,
+    num_masked,
+    padded,
+    raw_scores,
+    score_factors,
+    store_block,
+    strides,
+    visible,
+)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None, shape: Shape) -> State:
+    """See `contract.Kernel.forward`."""
+    batch, num_rows, heads, dim = q.shape
+    v_dim = v.shape[3]
+    table = tile_table(step, q.device, num_rows, (shape.rows, shape.cols))
+    scale = step.scale
+    if scale < 0:
+        q, scale = -q, -scale
+    dtype = q.dtype if step.final else torch.float32
+    old, lse = state or (None, q.new_empty(batch, heads, num_rows, dtype=torch.float32))
+    in_place = old is not None and old.dtype == dtype
+    out = old if in_place else q.new_empty(batch, num_rows, heads, v_dim, dtype=dtype)
+    num_blocks = table.num_active if in_place else len(table.order)
+    inner, factor = score_factors(scale, step.softcap)
+    forward_kernel[(num_blocks * batch * heads,)](
+        (q, k, v, out, lse, old),
+        descriptor(k, shape.cols, shape),
+        descriptor(v, shape.cols, shape),
+        table[:3],
+        (strides(q), strides(k), strides(v)),
+        (batch, heads, num_rows),
+        (inner, factor),
+        heads // k.shape[2],
+        step.softcap is not None,
+        dim,
+        v_dim,
+        padded(dim),
+        padded(v_dim),
+        shape.rows,
+        shape.cols,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
+    return out, lse
+
+
+@triton.jit
+def forward_kernel(
+    tensors,
+    k_tiles,
+    v_tiles,
+    table,
+    strides,
+    sizes,
+    factors,
+    GROUP,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_V_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One block of rows of one head: heavy blocks of all heads come first."""
+    q, k, v, out, lse, old = tensors
+    entries, offsets, order = table
+    batch, heads, num_rows = sizes
+    at = tl.program_id(0)
+    block = tl.load(order + at // (batch * heads))
+    row_start = block * ROWS
+    head, b = (at % heads), (at // heads % batch)
+    kv_head = head // GROUP
+    q += b.to(tl.int64) * strides[0][0] + head.to(tl.int64) * strides[0][2]
+    k += b.to(tl.int64) * strides[1][0] + kv_head.to(tl.int64) * strides[1][2]
+    v += b.to(tl.int64) * strides[2][0] + kv_head.to(tl.int64) * strides[2][2]
+    out_stride = (heads * V_DIM).to(tl.int64)
+    of_out = b * num_rows * out_stride + head * V_DIM
+    lse += (b * heads + head).to(tl.int64) * num_rows
+
+    rows = row_start + tl.arange(0, ROWS)
+    queries = load_block(q, row_start, (0, num_rows), strides[0][1], ROWS, DIM, BLOCK_DIM)
+    if old is None:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
+    else:
+        # A state is what keys of score lse and value out would have made.
+        top = tl.load(lse + rows, mask=rows < num_rows, other=float("-inf")) * LOG2E
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        acc = load_block(
+            old + of_out, row_start, (0, num_rows), out_stride, ROWS, V_DIM, BLOCK_V_DIM
+        )
+    for entry in range(tl.load(offsets + block), tl.load(offsets + block + 1)):
+        band, span = load_entry(entries, entry)
+        for start in tl.range(span[1], span[2], COLS):
+            keys = load_dense(k, k_tiles, (b, kv_head), start, strides[1][1], COLS, DIM, BLOCK_DIM)
+            raw = raw_scores(queries, keys, factors[0], SOFTCAP)
+            new = tl.maximum(top, tl.max(raw, 1) * factors[1])
+            weights = tl.exp2(raw * factors[1] - new[:, None])
+            values = load_dense(
+                v, v_tiles, (b, kv_head), start, strides[2][1], COLS, V_DIM, BLOCK_V_DIM
+            )
+            acc, total = absorb(acc, total, tl.exp2(top - new), weights, values)
+            top = new
+        for n in tl.range(num_masked(span, COLS)):
+            start = masked_start(n, span, COLS)
+            cols = start + tl.arange(0, COLS)
+            keys = load_block(k, start, (span[0], span[3]), strides[1][1], COLS, DIM, BLOCK_DIM)
+            scores = raw_scores(queries, keys, factors[0], SOFTCAP) * factors[1]
+            seen = visible(rows[:, None], cols[None, :], band, span)
+            scores = tl.where(seen, scores, float("-inf"))
+            new = tl.maximum(top, tl.max(scores, 1))
+            # A row that has seen nothing yet: -inf less -inf is NaN.
+            floor = tl.where(new == float("-inf"), 0.0, new)
+            weights = tl.exp2(scores - floor[:, None])
+            values = load_block(
+                v, start, (span[0], span[3]), strides[2][1], COLS, V_DIM, BLOCK_V_DIM
+            )
+            acc, total = absorb(acc, total, tl.exp2(top - floor), weights, values)
+            top = new
+    # Of a row that has seen nothing, top is -inf and total 0.
+    total = tl.where(top == float("-inf"), 1.0, total)
+    acc = acc / total[:, None]
+    top = (top + tl.log2(total)) / LOG2E
+    store_block(out + of_out, acc, row_start, num_rows, out_stride, ROWS, V_DIM, BLOCK_V_DIM)
+    tl.store(lse + rows, top, mask=rows < num_rows)
+
+
+@triton.jit
+def absorb(acc, total, fade, weights, values):
+    """The sums of weighted values and of weights, with one more block of keys."""
+    total = total * fade + tl.sum(weights, 1)
+    acc = acc * fade[:, None]
+    return tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee"), total

@@ -1,0 +1,173 @@
+"""The Triton kernels: on a GPU, and on the CPU in Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from problems import dense, farthest, problems, results
+
+from ring_sp.kernels import Call, Step, reference, triton
+from ring_sp.kernels.contract import State
+from ring_sp.kernels.merge import merge
+from ring_sp.regions import Tile
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+WAYS = ("one step", "strided views", "gradients of keys in q's dtype", "keys cut anywhere")
+
+law: Callable[..., pytest.MarkDecorator] = (
+    pytest.mark.filterwarnings("ignore::RuntimeWarning") if INTERPRETED else pytest.mark.gpu
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreted one")
+def test_the_laws_hold_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(params=[(16, 16, False), (32, 16, True)], ids=str)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small problem has blocks of each kind, read in each way."""
+    from ring_sp.kernels.triton_blocks import Shape
+
+    rows, cols, descriptors = request.param
+    shape = Shape(rows, cols, 4, 2, descriptors)
+    monkeypatch.setattr(triton, "shapes", lambda *_: (shape,) * 3)
+
+
+@law
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_is_as_exact_as_unsharded_attention(dtype: torch.dtype) -> None:
+    checked = list(problems(dtype, DEVICE))[: 11 if dtype == torch.float32 else 4]
+    exact = [dense(problem, torch.float64) for problem in checked]
+    rounding = farthest([dense(problem, dtype) for problem in checked], exact)
+    found = [results(triton, *each) for each in zip(checked, cycle(WAYS), strict=False)]
+    for error, own in zip(farthest(found, exact), rounding, strict=True):
+        assert error <= 6 * own
+
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def tensors(rows: int, cols: int, dims: tuple[int, int], heads: int = 2) -> Tensors:
+    """q, k, v, dout in float32."""
+    make = torch.Generator().manual_seed(0)
+    shapes = [
+        (rows, heads, dims[0]),
+        (cols, 1, dims[0]),
+        (cols, 1, dims[1]),
+        (rows, heads, dims[1]),
+    ]
+    made = [torch.randn(1, *shape, generator=make).to(DEVICE) for shape in shapes]
+    return tuple(made)
+
+
+def both_passes(kernel: object, inputs: Tensors, step: Step) -> list[torch.Tensor]:
+    """out, lse, dq, dk, dv."""
+    q, k, v, dout = inputs
+    out, lse = kernel.forward(q, k, v, step, None)  # type: ignore[attr-defined]
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    dkv = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    dq = kernel.backward(  # type: ignore[attr-defined]
+        dout, q, (k, v), (lse, delta, out), step, None, dkv
+    )
+    return [out, lse, dq, *dkv]
+
+
+def assert_same_as_reference(inputs: Tensors, tiles: list[Tile]) -> None:
+    step = Step(tuple(tiles), 0.3)
+    for found, true in zip(
+        both_passes(triton, inputs, step), both_passes(reference, inputs, step), strict=True
+    ):
+        torch.testing.assert_close(found, true, rtol=2e-5, atol=2e-5)
+
+
+@law
+@pytest.mark.usefixtures("small_blocks")
+def test_takes_many_short_documents() -> None:
+    cuts = [0, *torch.arange(60).remainder(5).add(1).cumsum(0).tolist()]
+    tiles = [Tile(a, b, a, b, 0, b - a - 1) for a, b in pairwise(cuts)]
+    assert_same_as_reference(tensors(cuts[-1], cuts[-1], (16, 16), heads=1), tiles)
+
+
+@law
+@pytest.mark.usefixtures("small_blocks")
+def test_takes_rows_that_meet_many_tiles() -> None:
+    full, band = Tile(0, 70, 40, 75, -34, 69), Tile(3, 70, 0, 37, -5, 40)
+    tiles = [full, band, Tile(5, 9, 80, 120, -39, 3), Tile(9, 41, 80, 120, -8, 6)]
+    assert_same_as_reference(tensors(75, 130, (16, 16)), tiles)
+
+
+@law
+@pytest.mark.parametrize("dims", [(256, 256), (24, 40), (192, 128)], ids=str)
+def test_takes_head_dims_that_are_no_power_of_two(dims: tuple[int, int]) -> None:
+    assert_same_as_reference(tensors(40, 40, dims), [Tile(0, 40, 0, 40, 0, 39)])
+
+
+@law
+def test_gives_the_same_bits_twice() -> None:
+    inputs = tuple(x.to(torch.float16) for x in tensors(150, 150, (32, 32)))
+    step = Step((Tile(0, 150, 0, 150, 0, 149),), 0.3)
+    first, second = (both_passes(triton, inputs, step) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def part(rows: int, seed: int) -> State:
+    """An (out, lse), some of whose rows have seen nothing."""
+    make = torch.Generator().manual_seed(seed)
+    out, lse = torch.randn(2, rows, 3, 24, generator=make), torch.randn(2, 3, rows, generator=make)
+    empty = torch.rand(2, 3, rows, generator=make) < 0.3
+    out, lse = out.masked_fill(empty.mT.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
+    return out.to(DEVICE), lse.to(DEVICE)
+
+
+@law
+@pytest.mark.parametrize("rows", [slice(0, 90), slice(7, 80)], ids=str)
+def test_fold_is_merge(rows: slice) -> None:
+    from ring_sp.kernels.triton_merge import fold
+
+    nothing = (
+        torch.zeros(2, 90, 3, 24, device=DEVICE),
+        torch.full((2, 3, 90), -torch.inf).to(DEVICE),
+    )
+    first, second = part(rows.stop - rows.start, 0), part(rows.stop - rows.start, 1)
+    true = tuple(x.clone() for x in nothing)
+    true[0][:, rows], true[1][:, :, rows] = first
+    state = fold(None, first, rows, 90, torch.float32)
+    torch.testing.assert_close(state, true)
+    true[0][:, rows], true[1][:, :, rows] = merge(*first, *second)
+    out, lse = second
+    strided = out.transpose(1, 2).contiguous().transpose(1, 2), lse.mT.contiguous().mT
+    found = fold(tuple(x.clone() for x in state), strided, rows, 90, torch.float32)
+    torch.testing.assert_close(found, true)
+    low = fold(state, (out.to(torch.bfloat16), lse), rows, 90, torch.bfloat16)
+    assert low[0].dtype == torch.bfloat16
+    torch.testing.assert_close(low[0].float(), true[0], rtol=2e-2, atol=2e-2)
+
+
+def test_refuses_what_it_cannot_run() -> None:
+    pytest.importorskip("triton")
+    call = Call("cuda", torch.bfloat16, 128, 128)
+    assert triton.refusal(call) is None
+    for other, reason in [
+        (replace(call, dtype=torch.float64), "not torch.float64"),
+        (replace(call, v_head_dim=257), "head dims to 256, not 128 and 257"),
+        (replace(call, device_type="xpu"), "not on xpu"),
+    ]:
+        assert reason in str(triton.refusal(other)) or (INTERPRETED and other.device_type == "xpu")
