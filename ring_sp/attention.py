@@ -9,8 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ring_sp.fit import Options, fitting_kernel
 from ring_sp.kernels import Kernel, Step
-from ring_sp.kernels.contract import State, accumulation_dtype, empty_state
-from ring_sp.kernels.delta import row_delta
+from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_state
 from ring_sp.kernels.merge import weight
 from ring_sp.ring import Message, ring_pass
 from ring_sp.sequence import Plan, ShardedSequence
@@ -186,22 +185,22 @@ class _RingAttention(torch.autograd.Function):
         dtype = accumulation_dtype(q.dtype)
         dout = torch.zeros_like(out) if dout is None else dout
         dout = dout if dout.stride(3) == 1 else dout.contiguous()
-        delta = row_delta(dout, out, dlse)
+        rows = Rows(out, lse, dout, dlse)
         dq: Tensor | None = None
         kept: Tensor | None = None
 
         # Where only one other rank adds, its part is rounded but once: it may travel in q's dtype.
         sums_dtype = dtype if setting.topology.ring_size > 2 else q.dtype
-        own_dtype = dtype if setting.topology.ring_size > 1 else q.dtype
+        rounded = setting.topology.ring_size == 1 or setting.kernel.ROUNDS
+        own_dtype = q.dtype if rounded else dtype
 
         def visit(seen: Tensor, source: int) -> Tensor:
             nonlocal dq, kept
             own = source == setting.plan.rank
             dkv = torch.empty_like(seen, dtype=own_dtype if own else sums_dtype)
-            rows = lse, delta, out
             with torch.autocast(seen.device.type, enabled=False):
                 dq = setting.kernel.backward(
-                    dout, q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
+                    q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
                 )
             kept = dkv if own else kept
             return dkv

@@ -30,7 +30,7 @@ def attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # A finite floor keeps the gradients of rows that see nothing at zero instead of NaN.
-    scores = scores.masked_fill(~visible, -1e300 if scores.dtype == torch.float64 else -1e38)
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min / 2)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(-1)[..., : k.shape[1]] * visible.any(-1, keepdim=True)

@@ -13,7 +13,7 @@ from visibility import cases
 
 from ring_sp import layout
 from ring_sp.kernels import Call, Kernel, Step
-from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.kernels.contract import Rows, accumulation_dtype
 from ring_sp.layout import Shard, shard_len
 from ring_sp.regions import UNBOUNDED, Regions, Tile
 
@@ -143,12 +143,12 @@ def results(kernel: Kernel, problem: Problem, how: str = "one step") -> list[Ten
         state = kernel.forward(q, k[:, at], v[:, at], step, state)
     assert state is not None
     out, lse = state
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2) - dlse
+    seen = Rows(out, lse, dout, dlse if problem.lse_gradient else None)
     dtype = q.dtype if how == "gradients of keys in q's dtype" else lse.dtype
     dq, dk, dv = None, torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
     for at, step in steps:
         parts = torch.full_like(dk[:, at], torch.nan), torch.full_like(dv[:, at], torch.nan)
-        dq = kernel.backward(dout, q, (k[:, at], v[:, at]), (lse, delta, out), step, dq, parts)
+        dq = kernel.backward(q, (k[:, at], v[:, at]), seen, step, dq, parts)
         dk[:, at], dv[:, at] = parts
     assert dq is not None
     return [out, lse, dq, dk, dv]

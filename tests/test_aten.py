@@ -11,7 +11,7 @@ from problems import Problem, dense, farthest, problems, results
 from torch import Tensor
 
 from ring_sp.kernels import KERNELS, Call, Kernel, aten
-from ring_sp.kernels.contract import State, Step
+from ring_sp.kernels.contract import Rows, State, Step
 
 PLAIN = Call("cuda", torch.bfloat16, 64, 64)
 
@@ -41,15 +41,14 @@ def differentiate(
 
 
 def backward(
-    dout: Tensor,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
 ) -> Tensor:
-    return aten.backward(differentiate, (dout, q, *kv), rows, step, dq, dkv)
+    return aten.backward(differentiate, (q, *kv), rows, step, dq, dkv)
 
 
 KERNEL = cast(

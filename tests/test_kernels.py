@@ -12,7 +12,7 @@ from ringed import relative
 
 from ring_sp import kernels
 from ring_sp.kernels import KERNELS, Call, Kernel, reference, select
-from ring_sp.kernels.contract import State
+from ring_sp.kernels.contract import Rows, State
 from ring_sp.kernels.merge import merge
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
@@ -73,13 +73,11 @@ def test_dq_is_added_to_and_dkv_is_overwritten(name: str, dtype: torch.dtype, de
         last, parts = problem.step(problem.kv_shard), (torch.empty_like(k), torch.empty_like(v))
         first = replace(last, final=False)
         out, lse = kernel.forward(q, k, v, last, None)
-        rows = lse, torch.zeros_like(lse), torch.zeros_like(out)
-        once = kernel.backward(dout, q, (k, v), rows, last, None, parts).clone()
+        rows = Rows(out, lse, dout)
+        once = kernel.backward(q, (k, v), rows, last, None, parts).clone()
         before = [x.clone() for x in parts]
-        dq = kernel.backward(dout, q, (k, v), rows, first, None, parts)
-        torch.testing.assert_close(
-            kernel.backward(dout, q, (k, v), rows, last, dq, parts), 2 * once
-        )
+        dq = kernel.backward(q, (k, v), rows, first, None, parts)
+        torch.testing.assert_close(kernel.backward(q, (k, v), rows, last, dq, parts), 2 * once)
         torch.testing.assert_close(list(parts), before)
 
 

@@ -13,7 +13,7 @@ import torch
 from problems import dense, farthest, problems, results
 
 from ring_sp.kernels import Call, Step, reference, triton
-from ring_sp.kernels.contract import State
+from ring_sp.kernels.contract import Rows, State
 from ring_sp.kernels.merge import merge
 from ring_sp.regions import Tile
 
@@ -82,10 +82,9 @@ def both_passes(kernel: object, inputs: Tensors, step: Step) -> list[torch.Tenso
     """out, lse, dq, dk, dv."""
     q, k, v, dout = inputs
     out, lse = kernel.forward(q, k, v, step, None)  # type: ignore[attr-defined]
-    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
     dkv = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
     dq = kernel.backward(  # type: ignore[attr-defined]
-        dout, q, (k, v), (lse, delta, out), step, None, dkv
+        q, (k, v), Rows(out, lse, dout), step, None, dkv
     )
     return [out, lse, dq, *dkv]
 

@@ -78,7 +78,7 @@ def milliseconds(step: peers.Step, device: torch.device, repeats: int) -> float:
     for _ in range(3):
         step()
     once = _elapsed(step, device, 1)
-    inner = max(1, min(20, int(60 / once)))
+    inner = max(3, min(40, int(250 / once)))  # so many that starting them is no part of the time
     return median(_elapsed(step, device, inner) for _ in range(repeats))
 
 

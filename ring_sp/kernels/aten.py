@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ring_sp.kernels.bands import coalesce, without_stairs
-from ring_sp.kernels.contract import Call, State, Step, accumulation_dtype
+from ring_sp.kernels.contract import Call, Rows, State, Step, accumulation_dtype
 from ring_sp.kernels.fold import fold, fold_gradient, settle, zero_sums
 from ring_sp.regions import Tile
 
@@ -75,24 +75,23 @@ def forward(
 
 def backward(
     differentiate: Differentiate,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """See `contract.Kernel`; `tensors` are dout, q, k and v."""
-    dout, q, k, v = tensors
-    lse, _, out = rows
+    """See `contract.Kernel`."""
+    q, k, v = qkv
     tiles = _tiles(step)
     whole = len(tiles) == 1 and (tiles[0].k_start, tiles[0].k_stop) == (0, k.shape[1])
     sums = None if whole else zero_sums(dkv)
     for number, tile in enumerate(tiles, 1):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         dq_part, dk, dv = differentiate(
-            dout[:, at_q],
+            rows.dout[:, at_q],
             (q[:, at_q], k[:, at_k], v[:, at_k]),
-            (out[:, at_q], lse[:, :, at_q].contiguous()),
+            (rows.out[:, at_q], rows.lse[:, :, at_q].contiguous()),
             not tile.full,
             step.scale,
         )

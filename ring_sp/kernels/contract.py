@@ -61,12 +61,28 @@ class Step:
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What the backward of every step knows of the queries: out [B, Sq, H, Dv] over all keys of the
+    sequence and its gradient dout, in q's dtype; lse [B, H, Sq] over all keys, in the accumulation
+    dtype, and its gradient dlse, None where there is none. `derived` outlives a step, not a pass.
+    """
+
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None = None
+    derived: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+
 class Kernel(Protocol):
     """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] and dout [B, Sq, H, Dv] of one dtype,
     dense in their last dimension; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
     """
 
     __name__: str
+    ROUNDS: bool
+    """Whether it rounds dk and dv to q's dtype by itself, so that wider buffers gain nothing."""
 
     def refusal(self, call: Call) -> str | None:
         """Why this kernel cannot serve a call; None if it can."""
@@ -76,20 +92,15 @@ class Kernel(Protocol):
 
     def backward(
         self,
-        dout: Tensor,
         q: Tensor,
         kv: tuple[Tensor, Tensor],
-        rows: tuple[Tensor, Tensor, Tensor],
+        rows: Rows,
         step: Step,
         dq: Tensor | None,
         dkv: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Add to dq [B, Sq, H, D], whose memory it may reuse, and return the sum (None starts one);
         overwrite all of dk and dv, which have the accumulation dtype or q's.
-
-        `rows` is (lse, delta, out) over all keys of the sequence: lse and delta [B, H, Sq] in the
-        accumulation dtype, with delta = the sum of dout * out along Dv, less the gradient of lse;
-        out in q's dtype.
         """
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from ring_sp.kernels import aten
-from ring_sp.kernels.contract import Call, State, Step
+from ring_sp.kernels.contract import Call, Rows, State, Step
+
+ROUNDS = True
 
 
 def refusal(call: Call) -> str | None:
@@ -21,16 +23,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
 
 
 def backward(
-    dout: Tensor,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
 ) -> Tensor:
     """See `contract.Kernel`."""
-    return aten.backward(_differentiate, (dout, q, *kv), rows, step, dq, dkv)
+    return aten.backward(_differentiate, (q, *kv), rows, step, dq, dkv)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> State:

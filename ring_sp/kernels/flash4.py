@@ -1,7 +1,7 @@
 """flash-attn-4 on Hopper and Blackwell: one call for a tile, one for a wave of packed documents.
 
-The library computes delta from out and dout, less a gradient of lse. It gets an out of zeros and
-dlse = -delta, so that it works with the delta of the whole sequence, exactly.
+The library computes delta from out and dout, which are those over all keys. Where lse has a
+gradient it gets an out of zeros and dlse = -delta instead, so that it works with our delta.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ring_sp.kernels.bands import Band, coalesce, waves
-from ring_sp.kernels.contract import Call, State, Step, accumulation_dtype
+from ring_sp.kernels.contract import Call, Rows, State, Step, accumulation_dtype
+from ring_sp.kernels.delta import delta
 from ring_sp.kernels.fold import fold, fold_gradient, settle, zero_sums
 from ring_sp.regions import Tile
 
 NARROWER = {(96, 64), (128, 64), (192, 128), (256, 128)}
 """Head dims of keys and of values, where they differ, for which the backward compiles."""
+
+ROUNDS = True
 
 
 def refusal(call: Call) -> str | None:
@@ -151,24 +154,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
 
 
 def backward(
-    dout: Tensor,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
 ) -> Tensor:
     """See `contract.Kernel`."""
     parts = _parts(step, q)
-    lse, delta, _ = rows
-    lse_delta = lse, -delta
     every = (0, kv[0].shape[1])
     whole = len(parts) == 1 and _covers(parts[0].cols, every)
     sums = None if whole else zero_sums(dkv)
     for number, part in enumerate(parts, 1):
         given = dkv if whole and _fits(dkv, q.dtype) else None
-        dq_part, dk, dv = _gradients(part, (dout, q, *kv), lse_delta, step, given)
+        dq_part, dk, dv = _gradients(part, (q, *kv), rows, step, given)
         done = step.final and number == len(parts)
         dtype = q.dtype if done else accumulation_dtype(q.dtype)
         dq = fold_gradient(dq, part.rows.spread(dq_part), part.rows.at, q.shape[1], dtype)
@@ -185,23 +185,27 @@ def backward(
 
 def _gradients(
     part: _Part,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse_delta: tuple[Tensor, Tensor],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    seen: Rows,
     step: Step,
     given: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor]:
     """dq, dk and dv of one call in q's dtype, [B, s, heads, D]; dk and dv in `given`, if given."""
-    dout, q, k, v = tensors
+    q, k, v = qkv
     rows, cols, packed = part.rows, part.cols, part.packed
-    grads = rows.take(dout, packed)
-    lse, dlse = (rows.take_rows(x, packed) for x in lse_delta)
+    grads, lse = rows.take(seen.dout, packed), rows.take_rows(seen.lse, packed)
+    if seen.dlse is None:
+        out, dlse = rows.take(seen.out, packed), None
+    else:
+        out = part.zeros[: grads.shape[-1]].expand_as(grads)
+        dlse = -rows.take_rows(delta(seen), packed)
     dk, dv = (cols.take(x, packed) for x in given) if given else (None, None)
     with torch.cuda.device_of(q):
         found = _library()[1](
             rows.take(q, packed),
             cols.take(k, packed),
             cols.take(v, packed),
-            part.zeros[: grads.shape[-1]].expand_as(grads),
+            out,
             grads,
             lse,
             softmax_scale=step.scale,

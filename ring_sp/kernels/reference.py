@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ring_sp.kernels.contract import Call, State, Step, accumulation_dtype, empty_state
+from ring_sp.kernels.contract import Call, Rows, State, Step, accumulation_dtype, empty_state
+from ring_sp.kernels.delta import delta
 from ring_sp.kernels.merge import merge
 from ring_sp.regions import Tile
 
@@ -13,6 +14,8 @@ BLOCK_ROWS = 128
 """Query rows whose scores exist at a time: bounds memory, and skips most of what a causal tile
 hides.
 """
+
+ROUNDS = False
 
 
 def refusal(call: Call) -> str | None:
@@ -42,16 +45,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
 
 
 def backward(
-    dout: Tensor,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
 ) -> Tensor:
     """See `contract.Kernel`."""
-    (k, v), (dk, dv), (lse, delta, _) = kv, dkv, rows
+    (k, v), (dk, dv), lse, subtracted = kv, dkv, rows.lse, delta(rows)
     dtype = accumulation_dtype(q.dtype)
     dq = torch.zeros_like(q, dtype=dtype) if dq is None else dq
     sums = torch.zeros_like(dk, dtype=dtype), torch.zeros_like(dv, dtype=dtype)
@@ -62,10 +64,10 @@ def backward(
             _group(k[:, at_k]),
             _group(v[:, at_k]),
         )
-        grads = _group(dout[:, at_q], k.shape[2])
+        grads = _group(rows.dout[:, at_q], k.shape[2])
         scores = _scores(queries, keys, tile, step)
         weights = (scores - _rows(lse, at_q, grads)).exp()
-        dscores = weights * (grads @ values.unsqueeze(2).mT - _rows(delta, at_q, grads))
+        dscores = weights * (grads @ values.unsqueeze(2).mT - _rows(subtracted, at_q, grads))
         if step.softcap is not None:
             # Masked scores are -inf; their weight is zero, which 0 * inf must not undo.
             dscores = dscores * (1 - (scores.clamp_min(-step.softcap) / step.softcap).square())

@@ -37,7 +37,8 @@ def tile_table(
     """
     name = "tile_table", device, num_rows, blocks, keys
     if name not in step.derived:
-        *parts, num_active = _build(step, num_rows, blocks, keys)
+        with torch.device("cpu"):
+            *parts, num_active = _build(step, num_rows, blocks, keys)
         sizes = [part.numel() for part in parts]
         packed = torch.cat([part.flatten() for part in parts]).to(torch.int32)
         if device.type == "cuda":

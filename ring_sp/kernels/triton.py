@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ring_sp.kernels.contract import Call, State, Step
+from ring_sp.kernels.contract import Call, Rows, State, Step
+from ring_sp.kernels.delta import delta
 
 if TYPE_CHECKING:
     from ring_sp.kernels.triton_blocks import Shape
 
 MAX_HEAD_DIM = 256
+
+ROUNDS = False
 
 
 def refusal(call: Call) -> str | None:
@@ -35,10 +38,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
 
 
 def backward(
-    dout: Tensor,
     q: Tensor,
     kv: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
     step: Step,
     dq: Tensor | None,
     dkv: tuple[Tensor, Tensor],
@@ -47,8 +49,9 @@ def backward(
     from ring_sp.kernels.triton_backward import key_gradients, query_gradients
 
     _, for_queries, for_keys = shapes(q, kv[1])
-    key_gradients(dout, q, kv, rows[:2], step, dkv, for_keys)
-    return query_gradients(dout, q, kv, rows[:2], step, dq, for_queries)
+    lse_delta = rows.lse, delta(rows)
+    key_gradients(rows.dout, q, kv, lse_delta, step, dkv, for_keys)
+    return query_gradients(rows.dout, q, kv, lse_delta, step, dq, for_queries)
 
 
 def shapes(q: Tensor, v: Tensor) -> tuple["Shape", "Shape", "Shape"]:

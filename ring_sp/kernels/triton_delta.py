@@ -1,4 +1,4 @@
-"""`delta.row_delta` in one launch: dout and out are read once, and nothing else is made."""
+"""`delta.delta` in one launch: dout and out are read once, and nothing else is made."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ ROWS = 32
 
 
 def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
-    """See `delta.row_delta`; float32."""
+    """dout and out [B, S, H, Dv], dlse [B, H, S] or None; [B, H, S] in float32."""
     batch, rows, heads, dim = out.shape
     delta = out.new_empty(batch, heads, rows, dtype=torch.float32)
     dlse = None if dlse is None else dlse.contiguous()
