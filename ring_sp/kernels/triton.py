@@ -1,7 +1,7 @@
 """Attention in Triton: on any GPU that it compiles for, in half precision or float32."""
 
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,10 +85,10 @@ def shapes(q: Tensor, v: Tensor) -> tuple["Shape", "Shape", "Shape"]:
 
 @cache
 def _missing() -> str | None:
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
+    if find_spec("triton") is None:
         return "triton is not installed"
+    from triton import __version__ as found
+
     if tuple(map(int, found.split(".")[:2])) < MIN_TRITON:
         return f"it needs triton {'.'.join(map(str, MIN_TRITON))} or later, not {found}"
     return None
