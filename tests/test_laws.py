@@ -21,6 +21,7 @@ LAYERS = [
     "kernels.tile_table",
     "kernels.triton_blocks",
     "kernels.triton_forward",
+    "kernels.triton_hopper",
     "kernels.triton_backward",
     "kernels.triton_merge",
     "kernels.triton_delta",

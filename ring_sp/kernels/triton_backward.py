@@ -11,6 +11,8 @@ from ring_sp.kernels.triton_blocks import (
     LOG2E,
     Shape,
     descriptor,
+    head_of,
+    in_dense,
     line_descriptor,
     load_block,
     load_dense,
@@ -38,9 +40,10 @@ def query_gradients(
     v_dim = v.shape[3]
     table = tile_table(step, q.device, num_rows, (shape.rows, shape.cols))
     dtype = q.dtype if step.final else torch.float32
-    in_place = dq is not None and dq.dtype == dtype
-    total = dq if in_place else q.new_empty(batch, num_rows, heads, dim, dtype=dtype)
-    num_blocks = table.num_active if in_place else len(table.order)
+    if dq is not None and dq.dtype == dtype:
+        total, num_blocks = dq, table.num_active
+    else:
+        total, num_blocks = q.new_empty(batch, num_rows, heads, dim, dtype=dtype), len(table.order)
     inner, factor = score_factors(step.scale, step.softcap)
     query_kernel[(num_blocks * batch * heads,)](
         (q, k, v, dout, lse, delta, total, dq),
@@ -97,9 +100,10 @@ def key_gradients(
 
 
 @triton.jit
-def head_of(x, strides, b, head):
-    """Where a head of [B, S, H, D] starts."""
-    return x + b.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+def load_lines(rows, lse_tiles, delta_tiles, line, start, stop, COLS: tl.constexpr):
+    """lse in log 2 and delta, see `load_line`."""
+    norm = load_line(rows[0], lse_tiles, line, start, stop, COLS)
+    return norm * LOG2E, load_line(rows[1], delta_tiles, line, start, stop, COLS)
 
 
 @triton.jit
@@ -139,8 +143,7 @@ def query_kernel(
     head, b = (at % heads), (at // heads % batch)
     kv_head = head // GROUP
     k, v = head_of(k, strides[1], b, kv_head), head_of(v, strides[2], b, kv_head)
-    stride = (heads * DIM).to(tl.int64)
-    of_dq = b * num_rows * stride + head * DIM
+    of_dq, stride = in_dense(b, head, heads, num_rows, DIM)
     rows = row_start + tl.arange(0, ROWS)
     queries = load_block(
         head_of(q, strides[0], b, head),
@@ -177,7 +180,6 @@ def query_kernel(
             acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
         for n in tl.range(num_masked(span, COLS)):
             start = masked_start(n, span, COLS)
-            cols = start + tl.arange(0, COLS)
             keys = load_block(k, start, (span[0], span[3]), strides[1][1], COLS, DIM, BLOCK_DIM)
             values = load_block(
                 v, start, (span[0], span[3]), strides[2][1], COLS, V_DIM, BLOCK_V_DIM
@@ -185,8 +187,7 @@ def query_kernel(
             raw = raw_scores(queries, keys, factors[0], SOFTCAP)
             weights = tl.exp2(raw * factors[1] - norm[:, None])
             dscores = score_gradients(raw, weights, grads, values, bias[:, None], SOFTCAP)
-            seen = visible(rows[:, None], cols[None, :], band, span)
-            dscores = tl.where(seen, dscores, 0.0)
+            dscores = tl.where(visible(rows, start, COLS, band, span), dscores, 0.0)
             acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
     acc *= factors[2]
     if old is not None:
@@ -222,8 +223,7 @@ def key_kernel(
     batch, kv_heads, num_keys, num_rows = sizes
     at = tl.program_id(0)
     block = tl.load(order + at // (batch * kv_heads))
-    key_start = block * ROWS
-    kv_head, b = at % kv_heads, at // kv_heads % batch
+    kv_head, b, key_start = at % kv_heads, at // kv_heads % batch, block * ROWS
     keys = load_block(
         head_of(k, strides[1], b, kv_head),
         key_start,
@@ -242,15 +242,15 @@ def key_kernel(
         V_DIM,
         BLOCK_V_DIM,
     )
-    rows = key_start + tl.arange(0, ROWS)
-    dkeys = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    dvalues = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
-    first, last = tl.load(offsets + block), tl.load(offsets + block + 1)
+    dkeys, dvalues = (
+        tl.zeros([ROWS, BLOCK_DIM], tl.float32),
+        tl.zeros([ROWS, BLOCK_V_DIM], tl.float32),
+    )
     for member in range(GROUP):
         head = kv_head * GROUP + member
         of_q, of_dout = head_of(q, strides[0], b, head), head_of(dout, strides[3], b, head)
-        line = (b * kv_heads * GROUP + head) * num_rows
-        for entry in range(first, last):
+        line = (b * kv_heads * GROUP + head).to(tl.int64) * num_rows
+        for entry in range(tl.load(offsets + block), tl.load(offsets + block + 1)):
             band, span = load_entry(entries, entry)
             for start in tl.range(span[1], span[2], COLS):
                 queries = load_dense(
@@ -259,33 +259,30 @@ def key_kernel(
                 grads = load_dense(
                     of_dout, dout_tiles, (b, head), start, strides[3][1], COLS, V_DIM, BLOCK_V_DIM
                 )
-                norm = load_line(lse, lse_tiles, line + start, COLS)
-                bias = load_line(delta, delta_tiles, line + start, COLS)
+                norm, bias = load_lines(
+                    (lse, delta), lse_tiles, delta_tiles, line, start, num_rows, COLS
+                )
                 raw = raw_scores(keys, queries, factors[0], SOFTCAP)
-                weights = tl.exp2(raw * factors[1] - norm[None, :] * LOG2E)
+                weights = tl.exp2(raw * factors[1] - norm[None, :])
                 dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
                 dscores = score_gradients(raw, weights, values, grads, bias[None, :], SOFTCAP)
                 dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
             for n in tl.range(num_masked(span, COLS)):
                 start = masked_start(n, span, COLS)
-                cols = start + tl.arange(0, COLS)
                 queries = load_block(
                     of_q, start, (span[0], span[3]), strides[0][1], COLS, DIM, BLOCK_DIM
                 )
                 grads = load_block(
                     of_dout, start, (span[0], span[3]), strides[3][1], COLS, V_DIM, BLOCK_V_DIM
                 )
-                exist = cols < span[3]
-                norm = tl.load(lse + line.to(tl.int64) + cols, mask=exist, other=0.0)
-                bias = tl.load(delta + line.to(tl.int64) + cols, mask=exist, other=0.0)
+                norm, bias = load_lines((lse, delta), None, None, line, start, span[3], COLS)
                 raw = raw_scores(keys, queries, factors[0], SOFTCAP)
-                seen = visible(rows[:, None], cols[None, :], band, span)
-                weights = tl.exp2(raw * factors[1] - norm[None, :] * LOG2E)
-                weights = tl.where(seen, weights, 0.0)
+                seen = visible(key_start + tl.arange(0, ROWS), start, COLS, band, span)
+                weights = tl.where(seen, tl.exp2(raw * factors[1] - norm[None, :]), 0.0)
                 dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
                 dscores = score_gradients(raw, weights, values, grads, bias[None, :], SOFTCAP)
                 dscores = tl.where(seen, dscores, 0.0)
                 dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
-    to_dk, to_dv = head_of(dk, strides[4], b, kv_head), head_of(dv, strides[5], b, kv_head)
-    store_block(to_dk, dkeys * factors[2], key_start, num_keys, strides[4][1], ROWS, DIM, BLOCK_DIM)
-    store_block(to_dv, dvalues, key_start, num_keys, strides[5][1], ROWS, V_DIM, BLOCK_V_DIM)
+    dk, dv = head_of(dk, strides[4], b, kv_head), head_of(dv, strides[5], b, kv_head)
+    store_block(dk, dkeys * factors[2], key_start, num_keys, strides[4][1], ROWS, DIM, BLOCK_DIM)
+    store_block(dv, dvalues, key_start, num_keys, strides[5][1], ROWS, V_DIM, BLOCK_V_DIM)

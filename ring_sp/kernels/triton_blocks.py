@@ -32,7 +32,8 @@ def padded(dim: int) -> int:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of [B, S, H, D] but for D, which is dense."""
-    return x.stride()[:3]
+    batch, row, head, _ = x.stride()
+    return batch, row, head
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -59,9 +60,23 @@ def descriptor(x: Tensor, rows: int, shape: Shape) -> TensorDescriptor | None:
 
 def line_descriptor(x: Tensor, cols: int, shape: Shape) -> TensorDescriptor | None:
     """Of a dense [B, H, S], for stretches of `cols` slots."""
-    if not shape.descriptors or x.data_ptr() % 16 or x.shape[2] % ALIGN.value:
+    aligned = x.data_ptr() % 16 == 0 and x.shape[2] % ALIGN.value == 0
+    if not shape.descriptors or not aligned or x.numel() >= 1 << 31:
         return None
     return TensorDescriptor(x, [x.numel()], [1], [cols])
+
+
+@triton.jit
+def head_of(x, strides, b, head):
+    """Where a head of [B, S, H, D] starts."""
+    return x + b.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def in_dense(b, head, heads, num_rows, DIM: tl.constexpr):
+    """Where a head of a dense [B, S, H, DIM] starts, and how far its rows are apart."""
+    stride = (heads * DIM).to(tl.int64)
+    return b * num_rows * stride + head * DIM, stride
 
 
 @triton.jit
@@ -101,20 +116,28 @@ def load_dense(
     `at` the (B, H) of `base`.
     """
     if tiles is None:
-        return load_block(base, start, (start, start + BLOCK), stride, BLOCK, DIM, BLOCK_DIM)
-    return tiles.load([at[0], at[1], start, 0]).reshape(BLOCK, BLOCK_DIM)
+        x = load_block(base, start, (start, start + BLOCK), stride, BLOCK, DIM, BLOCK_DIM)
+    else:
+        x = tiles.load([at[0], at[1], start, 0]).reshape(BLOCK, BLOCK_DIM)
+    return x
 
 
 @triton.jit
-def load_line(base, tiles, start, COLS: tl.constexpr):
-    """start .. start + COLS - 1 of a dense tensor, all of which exist."""
+def load_line(base, tiles, line, start, stop, COLS: tl.constexpr):
+    """COLS slots of a dense [B, H, S] from `start` of the head at `line`, and zeros from `stop`
+    on; `tiles`, if any, is a descriptor of those of which all exist.
+    """
     if tiles is None:
-        return tl.load(base + start.to(tl.int64) + tl.arange(0, COLS))
-    return tiles.load([start])
+        cols = start + tl.arange(0, COLS)
+        x = tl.load(base + line + cols, mask=cols < stop, other=0.0)
+    else:
+        x = tiles.load([(line + start).to(tl.int32)])
+    return x
 
 
 @triton.jit
 def tanh(x):
+    """Of float32."""
     # exp2 of 88 overflows nothing, and tanh is 1 long before.
     return 1 - 2 / (tl.exp2(tl.minimum(x, 30.0) * (2 * LOG2E)) + 1)
 
@@ -155,10 +178,11 @@ def masked_start(n, span, COLS: tl.constexpr):
 
 
 @triton.jit
-def visible(rows, cols, band, span):
-    """Which of `rows` x `cols`, already shaped to broadcast, see each other."""
+def visible(rows, start, COLS: tl.constexpr, band, span):
+    """Which of `rows` and COLS columns from `start` see each other [rows, COLS]."""
     row_start, row_stop, lo, hi = band
-    offset = rows - cols
-    row_seen = (rows >= row_start) & (rows < row_stop)
-    col_seen = (cols >= span[0]) & (cols < span[3])
+    cols = start + tl.arange(0, COLS)
+    offset = rows[:, None] - cols[None, :]
+    row_seen = ((rows >= row_start) & (rows < row_stop))[:, None]
+    col_seen = ((cols >= span[0]) & (cols < span[3]))[None, :]
     return (offset >= lo) & (offset <= hi) & row_seen & col_seen

@@ -11,6 +11,8 @@ from ring_sp.kernels.triton_blocks import (
     LOG2E,
     Shape,
     descriptor,
+    head_of,
+    in_dense,
     load_block,
     load_dense,
     load_entry,
@@ -35,9 +37,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None, sha
         q, scale = -q, -scale
     dtype = q.dtype if step.final else torch.float32
     old, lse = state or (None, q.new_empty(batch, heads, num_rows, dtype=torch.float32))
-    in_place = old is not None and old.dtype == dtype
-    out = old if in_place else q.new_empty(batch, num_rows, heads, v_dim, dtype=dtype)
-    num_blocks = table.num_active if in_place else len(table.order)
+    if old is not None and old.dtype == dtype:
+        out, num_blocks = old, table.num_active
+    else:
+        out, num_blocks = q.new_empty(batch, num_rows, heads, v_dim, dtype=dtype), len(table.order)
     inner, factor = score_factors(scale, step.softcap)
     forward_kernel[(num_blocks * batch * heads,)](
         (q, k, v, out, lse, old),
@@ -85,29 +88,28 @@ def forward_kernel(
     batch, heads, num_rows = sizes
     at = tl.program_id(0)
     block = tl.load(order + at // (batch * heads))
-    row_start = block * ROWS
-    head, b = (at % heads), (at // heads % batch)
+    head, b, row_start = at % heads, at // heads % batch, block * ROWS
     kv_head = head // GROUP
-    q += b.to(tl.int64) * strides[0][0] + head.to(tl.int64) * strides[0][2]
-    k += b.to(tl.int64) * strides[1][0] + kv_head.to(tl.int64) * strides[1][2]
-    v += b.to(tl.int64) * strides[2][0] + kv_head.to(tl.int64) * strides[2][2]
-    out_stride = (heads * V_DIM).to(tl.int64)
-    of_out = b * num_rows * out_stride + head * V_DIM
-    lse += (b * heads + head).to(tl.int64) * num_rows
-
-    rows = row_start + tl.arange(0, ROWS)
-    queries = load_block(q, row_start, (0, num_rows), strides[0][1], ROWS, DIM, BLOCK_DIM)
+    k, v = head_of(k, strides[1], b, kv_head), head_of(v, strides[2], b, kv_head)
+    of_out, stride = in_dense(b, head, heads, num_rows, V_DIM)
+    rows, line = row_start + tl.arange(0, ROWS), (b * heads + head).to(tl.int64) * num_rows
+    queries = load_block(
+        head_of(q, strides[0], b, head),
+        row_start,
+        (0, num_rows),
+        strides[0][1],
+        ROWS,
+        DIM,
+        BLOCK_DIM,
+    )
     if old is None:
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_V_DIM], tl.float32)
     else:
-        # A state is what keys of score lse and value out would have made.
-        top = tl.load(lse + rows, mask=rows < num_rows, other=float("-inf")) * LOG2E
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
-        acc = load_block(
-            old + of_out, row_start, (0, num_rows), out_stride, ROWS, V_DIM, BLOCK_V_DIM
-        )
+        # A state is what one key of score lse and value out would have made.
+        top = tl.load(lse + line + rows, mask=rows < num_rows, other=float("-inf")) * LOG2E
+        acc = load_block(old + of_out, row_start, (0, num_rows), stride, ROWS, V_DIM, BLOCK_V_DIM)
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
     for entry in range(tl.load(offsets + block), tl.load(offsets + block + 1)):
         band, span = load_entry(entries, entry)
         for start in tl.range(span[1], span[2], COLS):
@@ -118,15 +120,12 @@ def forward_kernel(
             values = load_dense(
                 v, v_tiles, (b, kv_head), start, strides[2][1], COLS, V_DIM, BLOCK_V_DIM
             )
-            acc, total = absorb(acc, total, tl.exp2(top - new), weights, values)
-            top = new
+            acc, total, top = absorb(acc, total, top, new, new, weights, values)
         for n in tl.range(num_masked(span, COLS)):
             start = masked_start(n, span, COLS)
-            cols = start + tl.arange(0, COLS)
             keys = load_block(k, start, (span[0], span[3]), strides[1][1], COLS, DIM, BLOCK_DIM)
             scores = raw_scores(queries, keys, factors[0], SOFTCAP) * factors[1]
-            seen = visible(rows[:, None], cols[None, :], band, span)
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(visible(rows, start, COLS, band, span), scores, float("-inf"))
             new = tl.maximum(top, tl.max(scores, 1))
             # A row that has seen nothing yet: -inf less -inf is NaN.
             floor = tl.where(new == float("-inf"), 0.0, new)
@@ -134,19 +133,21 @@ def forward_kernel(
             values = load_block(
                 v, start, (span[0], span[3]), strides[2][1], COLS, V_DIM, BLOCK_V_DIM
             )
-            acc, total = absorb(acc, total, tl.exp2(top - floor), weights, values)
-            top = new
+            acc, total, top = absorb(acc, total, top, new, floor, weights, values)
     # Of a row that has seen nothing, top is -inf and total 0.
     total = tl.where(top == float("-inf"), 1.0, total)
-    acc = acc / total[:, None]
-    top = (top + tl.log2(total)) / LOG2E
-    store_block(out + of_out, acc, row_start, num_rows, out_stride, ROWS, V_DIM, BLOCK_V_DIM)
-    tl.store(lse + rows, top, mask=rows < num_rows)
+    store_block(
+        out + of_out, acc / total[:, None], row_start, num_rows, stride, ROWS, V_DIM, BLOCK_V_DIM
+    )
+    tl.store(lse + line + rows, (top + tl.log2(total)) / LOG2E, mask=rows < num_rows)
 
 
 @triton.jit
-def absorb(acc, total, fade, weights, values):
-    """The sums of weighted values and of weights, with one more block of keys."""
+def absorb(acc, total, top, new, floor, weights, values):
+    """The sums of weighted values and of weights with one more block of keys, whose weights are
+    relative to `floor`; and the new maximum.
+    """
+    fade = tl.exp2(top - floor)
     total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
-    return tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee"), total
+    return tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee"), total, new

@@ -21,13 +21,12 @@ def fold(state: State | None, part: State, rows: slice, num_rows: int, dtype: to
     batch, stretch, heads, dim = part_out.shape
     start, stop, _ = rows.indices(num_rows)
     assert stop - start == stretch
-    if state is None:
-        old, lse = None, part_lse.new_empty(batch, heads, num_rows)
+    old, lse = state or (None, part_lse.new_empty(batch, heads, num_rows))
+    if old is not None and old.dtype == dtype:
+        out, first, length = old, start, stretch
     else:
-        old, lse = state
-    in_place = old is not None and old.dtype == dtype
-    out = old if in_place else part_out.new_empty(batch, num_rows, heads, dim, dtype=dtype)
-    first, length = (start, stretch) if in_place else (0, num_rows)
+        out = part_out.new_empty(batch, num_rows, heads, dim, dtype=dtype)
+        first, length = 0, num_rows
     if not batch * length * heads:
         return out, lse
     fold_kernel[(triton.cdiv(length, ROWS) * batch * heads,)](
