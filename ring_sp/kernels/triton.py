@@ -38,7 +38,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
     """See `contract.Kernel`."""
     from ring_sp.kernels import triton_forward, triton_hopper
 
-    if triton_hopper.serves(q, k, v, step):
+    if _generation(q) == 9 and triton_hopper.serves(q, k, v, step):
         return triton_hopper.attend(q, k, v, step, state)
     return triton_forward.attend(q, k, v, step, state, shapes(q, v)[0])
 
@@ -72,9 +72,10 @@ def shapes(q: Tensor, v: Tensor) -> tuple["Shape", "Shape", "Shape"]:
 
     dim = max(q.shape[3], v.shape[3])
     if q.dtype == torch.float32:
-        small = Shape(32, 32, 4, 1)
-        return (Shape(64, 32, 4, 2) if dim <= 128 else small), small, small
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0):
+        # No matrix units: more rows, or fewer warps, spill registers (forward, dim 128, sm_90).
+        return (Shape(32, 32, 8, 1),) * 3
+    # 227 KiB of shared memory and a copy engine; later desktop GPUs have less.
+    if _generation(q) in (9, 10):
         if dim <= 64:
             return Shape(128, 64, 4, 3, True), Shape(64, 64, 4, 3, True), Shape(64, 64, 4, 3, True)
         if dim <= 128:
@@ -84,6 +85,13 @@ def shapes(q: Tensor, v: Tensor) -> tuple["Shape", "Shape", "Shape"]:
     if dim <= 128:
         return Shape(128, 64, 8, 2), Shape(64, 64, 4, 2), Shape(64, 64, 4, 2)
     return Shape(64, 32, 4, 2), Shape(64, 32, 4, 1), Shape(64, 32, 8, 1)
+
+
+def _generation(x: Tensor) -> int:
+    """Of NVIDIA's GPUs: 9 is Hopper; 0 for all else."""
+    if not x.is_cuda or torch.version.cuda is None:
+        return 0
+    return torch.cuda.get_device_capability(x.device)[0]
 
 
 @cache
