@@ -98,8 +98,8 @@ def _check(
             f"sinks must be a tensor [{heads}] on {q.device}, one logit for each query head; "
             f"got {came}"
         )
-    plan, ulysses = sequence.plan(keys), sequence.topology.ulysses.size
-    copies = kv_replication(heads, k.shape[2], ulysses)
+    kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
+    plan = sequence.plan(keys)
     call = Call(
         q.device.type,
         q.dtype,
@@ -107,7 +107,6 @@ def _check(
         v.shape[3],
         softcap=options.softcap is not None,
         scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
-        grouped=heads != k.shape[2] * copies,
         windowed=plan.windowed,
         num_regions=plan.num_regions,
         lse_gradient=options.return_lse or sinks is not None,

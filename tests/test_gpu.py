@@ -36,5 +36,7 @@ def test_equals_unsharded_attention(gpu_world: World, sizes: dict[str, int]) -> 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_low_precision_is_near(gpu_world: World, dtype: torch.dtype, bound: float) -> None:
-    low = [Case(mask, dtype=dtype, seq_len=96) for mask in ("causal", "documents", "spans")]
+    asked = ("causal", "documents", "spans", "window")
+    low = [Case(mask, dtype=dtype, seq_len=96) for mask in asked]
+    low += [Case(mask, dtype=dtype, seq_len=700, head_dim=64, v_head_dim=64) for mask in asked]
     assert_exact(gpu_world, {"ring": torch.cuda.device_count()}, low, bound)

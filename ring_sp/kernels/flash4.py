@@ -19,9 +19,6 @@ from ring_sp.kernels.delta import delta
 from ring_sp.kernels.fold import fold, fold_gradient, settle, zero_sums
 from ring_sp.regions import Tile
 
-NARROWER = {(96, 64), (128, 64), (192, 128), (256, 128)}
-"""Head dims of keys and of values, where they differ, for which the backward compiles."""
-
 ROUNDS = True
 
 
@@ -39,18 +36,16 @@ def refusal(call: Call) -> str | None:
             f"head dims must be multiples of 8 up to 256, not {dims}",
         ),
         (
-            dims[0] == dims[1] or dims in NARROWER,
-            f"head dims must be equal or one of {sorted(NARROWER)}, not {dims}",
+            # 4.0.0b36 on an H200: causal and full tiles are right for (128, 64), but over all bands
+            # lse was off by up to 5. Nobody has found out which.
+            dims[0] == dims[1],
+            f"head dims of keys and values must be equal, not {dims}",
         ),
         (
             # 4.0.0b36 on an H200, relative error of dq: 0.8 to 1.2 for 8, 16, 40, 48, 72, 80, 104
             # and 112; 0.003 for 24, 32, 56, 64, 88, 96, 120, 128, and 136 to 256.
             dims[0] > 128 or dims[0] % 32 == 0 or dims[0] % 32 > 16,
             f"its dq is wrong for a head dim of {dims[0]}, at most 16 above a multiple of 32",
-        ),
-        (
-            not call.grouped or dims[0] == dims[1],
-            f"its backward wants one head dim where query heads share keys, not {dims}",
         ),
         (call.scale > 0, f"its softmax wants a positive scale, not {call.scale}"),
     )
@@ -65,7 +60,7 @@ def _unavailable(dims: tuple[int, int]) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major not in {9, 10}:
         return f"it runs on GPUs of compute capability 9 and 10, not {major}.{minor}"
-    if major == 10 and max(dims) > 128 and dims != (192, 128):
+    if major == 10 and max(dims) > 128:
         return f"on compute capability 10 its backward takes no delta for head dims {dims}"
     try:
         _, backward_call = _library()
