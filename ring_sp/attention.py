@@ -170,6 +170,7 @@ class _RingAttention(torch.autograd.Function):
         )
         ring_pass(kv, setting.plan.path, visit, message)
         out, lse = state or empty_state(q, v)
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
         ctx.setting, ctx.wire = setting, wire
         ctx.set_materialize_grads(False)
