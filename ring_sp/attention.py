@@ -155,7 +155,7 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: _Setting
     ) -> tuple[Tensor, Tensor]:
         q = q if q.stride(3) == 1 else q.contiguous()
-        wire = _Wire.of(k, v)
+        wire = Wire.of(k, v)
         kv = wire.join(k, v)
         state: State | None = None
 
@@ -190,15 +190,14 @@ class _RingAttention(torch.autograd.Function):
         dq: Tensor | None = None
         kept: Tensor | None = None
 
-        # Where only one other rank adds, its part is rounded but once: it may travel in q's dtype.
-        sums_dtype = dtype if setting.topology.ring_size > 2 else q.dtype
+        travels = sums_dtype(q.dtype, setting.topology.ring_size)
         rounded = setting.topology.ring_size == 1 or setting.kernel.ROUNDS
         own_dtype = q.dtype if rounded else dtype
 
         def visit(seen: Tensor, source: int) -> Tensor:
             nonlocal dq, kept
             own = source == setting.plan.rank
-            dkv = torch.empty_like(seen, dtype=own_dtype if own else sums_dtype)
+            dkv = torch.empty_like(seen, dtype=own_dtype if own else travels)
             with torch.autocast(seen.device.type, enabled=False):
                 dq = setting.kernel.backward(
                     q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
@@ -207,15 +206,21 @@ class _RingAttention(torch.autograd.Function):
             return dkv
 
         message = Message(
-            lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device, sums_dtype
+            lambda source: wire.numel(setting.plan.kv_len(source)), kv.dtype, kv.device, travels
         )
         others = ring_pass(kv, setting.plan.path, visit, message)
         dkv = _sum(kv, kept, others)
         return torch.zeros_like(q) if dq is None else dq, *wire.split(dkv), None
 
 
+def sums_dtype(dtype: torch.dtype, ring_size: int) -> torch.dtype:
+    """In which dtype the gradients of keys and values travel, for q of `dtype`."""
+    # Where only one other rank adds, its part is rounded but once.
+    return accumulation_dtype(dtype) if ring_size > 2 else dtype
+
+
 @dataclass(frozen=True)
-class _Wire:
+class Wire:
     """K and V as one flat message: K [B, S, Hkv, D] dense, then V [B, S, Hkv, Dv] dense."""
 
     batch: int
@@ -224,7 +229,7 @@ class _Wire:
     v_head_dim: int
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> "_Wire":
+    def of(cls, k: Tensor, v: Tensor) -> "Wire":
         return cls(k.shape[0], k.shape[2], k.shape[3], v.shape[3])
 
     def numel(self, kv_len: int) -> int:

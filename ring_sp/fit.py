@@ -18,12 +18,12 @@ from ring_sp.ulysses import kv_replication
 class Options:
     """What a call of `ring_attention` asks for besides its tensors."""
 
-    scale: float | None
-    softcap: float | None
-    dropout_p: float
-    dropout_seed: int | None
-    kernel: str
-    return_lse: bool
+    scale: float | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None
+    kernel: str = "auto"
+    return_lse: bool = False
 
 
 def fitting_kernel(
@@ -38,14 +38,18 @@ def fitting_kernel(
     """The kernel that serves a call. Raises ValueError or NotImplementedError on every rank if a
     rank's call does not fit; costs a lookup once such a call has passed.
     """
-    for name, given in (("sequence", sequence), ("kv_sequence", keys)):
-        if not isinstance(given, ShardedSequence):
-            raise ValueError(f"{name} must be a ShardedSequence; got {type(given)}")
+    _check_kinds(sequence, keys)
     grad = torch.is_grad_enabled()
     call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, grad, repr(options))
     if call not in sequence.served:
         kernels: list[Kernel] = []
-        error = refusal(lambda: kernels.append(_check(q, k, v, sequence, keys, sinks, options)))
+
+        def choose() -> None:
+            kernels.append(
+                select(options.kernel, fitting_call(q, k, v, sequence, keys, sinks, options))
+            )
+
+        error = refusal(choose)
         common = (
             f"{name} {_shared(x)}" for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
         )
@@ -75,7 +79,7 @@ def _shared(x: object) -> str:
     return f"{list(x.shape[:1])} x tokens x {list(x.shape[2:])} {x.dtype} on {x.device.type}"
 
 
-def _check(
+def fitting_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,8 +87,12 @@ def _check(
     keys: ShardedSequence,
     sinks: Tensor | None,
     options: Options,
-) -> Kernel:
-    """The kernel for a call that is right as far as this rank can see; raises if it is not."""
+    device_type: str | None = None,
+) -> Call:
+    """What a kernel must know of a call that is right as far as this rank can see; raises
+    ValueError or NotImplementedError if it is not. `device_type` defaults to that of q.
+    """
+    _check_kinds(sequence, keys)
     _check_options(options)
     _check_sequences(sequence, keys)
     _check_tensors({"q": q, "k": k, "v": v})
@@ -100,8 +108,8 @@ def _check(
         )
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
     plan = sequence.plan(keys)
-    call = Call(
-        q.device.type,
+    return Call(
+        device_type or q.device.type,
         q.dtype,
         q.shape[3],
         v.shape[3],
@@ -111,7 +119,12 @@ def _check(
         num_regions=plan.num_regions,
         lse_gradient=options.return_lse or sinks is not None,
     )
-    return select(options.kernel, call)
+
+
+def _check_kinds(sequence: ShardedSequence, keys: ShardedSequence) -> None:
+    for name, given in (("sequence", sequence), ("kv_sequence", keys)):
+        if not isinstance(given, ShardedSequence):
+            raise ValueError(f"{name} must be a ShardedSequence; got {type(given)}")
 
 
 def _check_options(options: Options) -> None:

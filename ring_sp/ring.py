@@ -4,7 +4,7 @@ Forward, backward, double ring and early stop are the same `ring_pass` (arXiv:23
 1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -16,7 +16,8 @@ from torch import Tensor
 Visit = Callable[[Tensor, int], Tensor | None]
 Needs = Callable[[int, int], bool]
 
-_DATA, _SUMS = 0, 1
+DATA, SUMS = 0, 1
+"""Tags of messages: a tensor, or the sums that follow it."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,22 @@ class Path:
         size = self.rings[0].size
         return [(min(hops, default=size), max(hops, default=0)) for hops in self._hops(self.adds)]
 
+    def sent(self, base: int = 0) -> Iterator[tuple[int, int]]:
+        """The tag and the source of each message that this rank sends in a pass with sums, in
+        order.
+        """
+        if not self.rings:
+            return
+        ring = self.rings[0]
+        for hop in range(ring.size):
+            source = (ring.rank - hop) % ring.size
+            block, (first, last) = base + source * self.block, self.sums[source]
+            if hop < self.last[source]:
+                yield DATA, block + self.place
+            yield from self.inner(source).sent(block)
+            if last and first <= hop <= last:
+                yield SUMS, block + self.place
+
     def _hops(self, wanted: Needs) -> list[list[int]]:
         """For each source of the outer ring, the hops at which somebody wants it."""
         size, peers = self.rings[0].size, range(self.block)
@@ -175,7 +192,7 @@ def ring_pass(
     sums, held = _Sums(path, outer), x
     for hop in range(ring.size):
         source, following = (ring.rank - hop) % ring.size, (ring.rank - hop - 1) % ring.size
-        transfer, arriving = Transfer(ring, _DATA), None
+        transfer, arriving = Transfer(ring, DATA), None
         if held is not None and hop < path.last[source]:
             transfer.send(held, ring.rank + 1)
         if hop < path.last[following]:
@@ -197,7 +214,7 @@ class _Sums:
 
     def __init__(self, path: Path, message: Message) -> None:
         self._path, self._ring, self._message = path, path.rings[0], message
-        self._transfer = Transfer(self._ring, _SUMS)
+        self._transfer = Transfer(self._ring, SUMS)
         self._arrived: Tensor | None = None
         self._home: Tensor | None = None
 
@@ -210,7 +227,7 @@ class _Sums:
         total = self._arrived
         if seen is not None:
             total = seen if total is None else total.add_(seen)
-        self._transfer, self._arrived = Transfer(ring, _SUMS), None
+        self._transfer, self._arrived = Transfer(ring, SUMS), None
         if total is not None and hop < sums[source][1]:
             self._transfer.send(total, ring.rank + 1)
         elif total is not None and hop:

@@ -150,6 +150,7 @@ class Plan:
         self._kv_shards = kv_shards
 
         def meet(rank: int, source: int) -> Iterator[Tile]:
+            """What the queries of a rank see of the keys of a source."""
             return regions.tiles(q_shards[rank], kv_shards[source])
 
         @cache
@@ -157,7 +158,7 @@ class Plan:
             """Whether the queries of a rank see any key of a source."""
             return next(meet(rank, source), None) is not None
 
-        self._meet, self.needs = meet, needs
+        self.meet, self.needs = meet, needs
         self.path = Path(rings, needs)
         """The way of the keys to those who need them."""
         self.num_regions = sum(1 for _ in regions)
@@ -179,7 +180,7 @@ class Plan:
     def tiles(self, source: int) -> tuple[Tile, ...]:
         """What this rank's queries see of the keys of `source`."""
         if source not in self._tiles:
-            self._tiles[source] = tuple(self._meet(self.rank, source))
+            self._tiles[source] = tuple(self.meet(self.rank, source))
         return self._tiles[source]
 
     def kv_len(self, source: int) -> int:

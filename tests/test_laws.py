@@ -34,6 +34,7 @@ LAYERS = [
     "ulysses",
     "fit",
     "attention",
+    "explanation",
     "loss",
     "blockwise",
     "rotary",

@@ -125,9 +125,12 @@ def one_pass(rank: int, rings: tuple[Axis, ...], table: Table, sums: bool) -> Pa
         return table[reader][source]
 
     message = Message(numel, torch.float32, torch.device("cpu"), torch.float64 if sums else None)
+    path = Path(rings, needs)
     with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batches:
-        total = ring_pass(content(rank), Path(rings, needs), visit, message)
+        total = ring_pass(content(rank), path, visit, message)
     assert total is None or total.dtype == torch.float64
+    sent = [(tag, elements) for kind, _, tag, elements in notes() if kind == "isend"]
+    assert sent == [(tag, numel(at)) for tag, at in path.sent() if sums or tag == DATA], table
     return Pass(seen, intact, None if total is None else total.tolist(), notes(), ahead)
 
 

@@ -3,7 +3,7 @@
 from ring_sp.kernels import cudnn, flash, flash4, reference, triton
 from ring_sp.kernels.contract import Call, Kernel, Step
 
-__all__ = ["KERNELS", "Call", "Kernel", "Step", "select"]
+__all__ = ["KERNELS", "Call", "Kernel", "Step", "choose", "select"]
 
 KERNELS: dict[str, Kernel] = {
     "flash4": flash4,
@@ -15,18 +15,31 @@ KERNELS: dict[str, Kernel] = {
 """By name, in the order in which "auto" tries them."""
 
 
+def choose(name: str, call: Call) -> tuple[str | None, dict[str, str]]:
+    """The name of the kernel that serves a call, None if there is none, and the reason of each that
+    refused before it. `name` is a kernel's, or "auto" for the first one that can serve the call.
+
+    Raises ValueError for an unknown name.
+    """
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"kernel must be one of auto, {', '.join(KERNELS)}; got {name!r}")
+    refused: dict[str, str] = {}
+    for candidate in KERNELS if name == "auto" else [name]:
+        reason = KERNELS[candidate].refusal(call)
+        if reason is None:
+            return candidate, refused
+        refused[candidate] = reason
+    return None, refused
+
+
 def select(name: str, call: Call) -> Kernel:
-    """The kernel called `name`, or for "auto" the first one that can serve the call.
+    """The kernel that `choose` names.
 
     Raises ValueError for an unknown name, and for a kernel that cannot serve the call, with its
     reason.
     """
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"kernel must be one of auto, {', '.join(KERNELS)}; got {name!r}")
-    refusals = []
-    for candidate in KERNELS if name == "auto" else [name]:
-        reason = KERNELS[candidate].refusal(call)
-        if reason is None:
-            return KERNELS[candidate]
-        refusals.append(f"{candidate}: {reason}")
-    raise ValueError(f"no kernel for {call}: {'; '.join(refusals)}")
+    chosen, refused = choose(name, call)
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"no kernel for {call}: {reasons}")
+    return KERNELS[chosen]
