@@ -1,21 +1,19 @@
 """Whether the tensors of a call fit each other and their sequences: what is needed, what came."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from math import inf, isfinite
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ring_sp.agreement import agree, refusal
 from ring_sp.kernels import Call, Kernel, select
 from ring_sp.masks import causal
-from ring_sp.sequence import ShardedSequence
+from ring_sp.sequence import Plan, ShardedSequence
 from ring_sp.ulysses import kv_replication
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a call of `ring_attention` asks for besides its tensors."""
 
     scale: float | None
@@ -34,22 +32,23 @@ def fitting_kernel(
     keys: ShardedSequence,
     sinks: Tensor | None,
     options: Options,
+    trained: bool,
 ) -> Kernel:
-    """The kernel that serves a call. Raises ValueError or NotImplementedError on every rank if a
-    rank's call does not fit; costs a lookup once such a call has passed.
+    """The kernel that serves a call, `trained` if any of its tensors gets a gradient.
+
+    Raises ValueError or NotImplementedError on every rank if a rank's call does not fit; costs a
+    lookup once such a call has passed.
     """
     for name, given in (("sequence", sequence), ("kv_sequence", keys)):
         if not isinstance(given, ShardedSequence):
             raise ValueError(f"{name} must be a ShardedSequence; got {type(given)}")
-    grad = torch.is_grad_enabled()
-    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, grad, repr(options))
+    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, trained, repr(options))
     if call not in sequence.served:
         kernels: list[Kernel] = []
         error = refusal(lambda: kernels.append(_check(q, k, v, sequence, keys, sinks, options)))
         common = (
             f"{name} {_shared(x)}" for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
         )
-        trained = grad and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks))
         terms = (
             f"{', '.join(common)}, gradients {trained}, over {sequence.place}, keys of "
             f"{keys.place}, {options}"
@@ -61,10 +60,28 @@ def fitting_kernel(
     return kernel
 
 
+def kernel_for(
+    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool
+) -> Kernel:
+    """The kernel for queries like `q`. Raises ValueError if none can serve them."""
+    call = Call(
+        q.device.type,
+        q.dtype,
+        q.shape[3],
+        v_head_dim,
+        softcap=options.softcap is not None,
+        scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
+        windowed=plan.windowed,
+        num_regions=plan.num_regions,
+        lse_gradient=lse_gradient,
+    )
+    return select(options.kernel, call)
+
+
 def _seen(x: object) -> Hashable:
     """What of an argument decides whether it fits."""
     if isinstance(x, Tensor):
-        return x.shape, x.dtype, x.device, x.requires_grad
+        return x.shape, x.dtype, x.device
     return type(x).__name__
 
 
@@ -99,19 +116,8 @@ def _check(
             f"got {came}"
         )
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
-    plan = sequence.plan(keys)
-    call = Call(
-        q.device.type,
-        q.dtype,
-        q.shape[3],
-        v.shape[3],
-        softcap=options.softcap is not None,
-        scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
-        windowed=plan.windowed,
-        num_regions=plan.num_regions,
-        lse_gradient=options.return_lse or sinks is not None,
-    )
-    return select(options.kernel, call)
+    lse_gradient = options.return_lse or sinks is not None
+    return kernel_for(q, v.shape[3], sequence.plan(keys), options, lse_gradient)
 
 
 def _check_options(options: Options) -> None:
