@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ring_sp.attention import Wire, sums_dtype
 from ring_sp.fit import Options, fitting_call
 from ring_sp.kernels import KERNELS, choose
 from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.passes import Wire, sums_dtype
 from ring_sp.ring import DATA, SUMS, Axis, Path
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import SEQUENCE, Topology
@@ -154,8 +154,7 @@ def explain(
     peers = topology.ulysses.size
     copies = kv_replication(q.shape[2], k.shape[2], peers)
     kv = Wire(q.shape[0], k.shape[2] * copies // peers, k.shape[3], v.shape[3])
-    lse_size = accumulation_dtype(q.dtype).itemsize if call.lse_gradient else 0
-    messages = _Messages(kv, q.shape[2] // peers, q.dtype, lse_size)
+    messages = _Messages(kv, q.shape[2] // peers, q.dtype, call.lse_gradient)
     layouts = dict.fromkeys((sequence.layout, keys.layout))
     return Explanation(
         kernel=kernel,
@@ -173,14 +172,14 @@ def explain(
 
 @dataclass(frozen=True)
 class _Messages:
-    """What travels: a station's keys and values and its query heads, in q's dtype; bytes of an lse
-    that comes home.
+    """What travels: a station's keys and values and its query heads, in q's dtype, and lse, whose
+    gradient may travel too.
     """
 
     kv: Wire
     heads: int
     dtype: torch.dtype
-    lse_size: int
+    lse_gradient: bool
 
     def traded(self, q_tokens: tuple[int, int], kv_tokens: tuple[int, int]) -> tuple[int, int]:
         """Bytes in the all-to-alls of forward and backward, of tokens that go to heads and of
@@ -188,12 +187,14 @@ class _Messages:
         """
         kv, size = self.kv, self.dtype.itemsize
         queries = kv.batch * self.heads * kv.head_dim * size
-        results = kv.batch * self.heads * (kv.v_head_dim * size + self.lse_size)
+        results = kv.batch * self.heads * kv.v_head_dim * size
+        lse = kv.batch * self.heads * accumulation_dtype(self.dtype).itemsize
+        dlse = lse if self.lse_gradient else 0
         keys = kv.numel(1) * size
         (q_there, q_back), (kv_there, kv_back) = q_tokens, kv_tokens
         return (
-            q_there * queries + kv_there * keys + q_back * results,
-            q_there * results + q_back * queries + kv_back * keys,
+            q_there * queries + kv_there * keys + q_back * (results + lse),
+            q_there * (results + dlse) + q_back * queries + kv_back * keys,
         )
 
 

@@ -1,21 +1,19 @@
 """Whether the tensors of a call fit each other and their sequences: what is needed, what came."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from math import inf, isfinite
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ring_sp.agreement import agree, refusal
 from ring_sp.kernels import Call, Kernel, select
 from ring_sp.masks import causal
-from ring_sp.sequence import ShardedSequence
+from ring_sp.sequence import Plan, ShardedSequence
 from ring_sp.ulysses import kv_replication
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a call of `ring_attention` asks for besides its tensors."""
 
     scale: float | None = None
@@ -34,13 +32,15 @@ def fitting_kernel(
     keys: ShardedSequence,
     sinks: Tensor | None,
     options: Options,
+    trained: bool,
 ) -> Kernel:
-    """The kernel that serves a call. Raises ValueError or NotImplementedError on every rank if a
-    rank's call does not fit; costs a lookup once such a call has passed.
+    """The kernel that serves a call, `trained` if any of its tensors gets a gradient.
+
+    Raises ValueError or NotImplementedError on every rank if a rank's call does not fit; costs a
+    lookup once such a call has passed.
     """
     _check_kinds(sequence, keys)
-    grad = torch.is_grad_enabled()
-    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, grad, repr(options))
+    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, trained, repr(options))
     if call not in sequence.served:
         kernels: list[Kernel] = []
 
@@ -53,7 +53,6 @@ def fitting_kernel(
         common = (
             f"{name} {_shared(x)}" for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
         )
-        trained = grad and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks))
         terms = (
             f"{', '.join(common)}, gradients {trained}, over {sequence.place}, keys of "
             f"{keys.place}, {options}"
@@ -65,10 +64,17 @@ def fitting_kernel(
     return kernel
 
 
+def kernel_for(
+    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool
+) -> Kernel:
+    """The kernel for queries like `q`. Raises ValueError if none can serve them."""
+    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient))
+
+
 def _seen(x: object) -> Hashable:
     """What of an argument decides whether it fits."""
     if isinstance(x, Tensor):
-        return x.shape, x.dtype, x.device, x.requires_grad
+        return x.shape, x.dtype, x.device
     return type(x).__name__
 
 
@@ -107,17 +113,28 @@ def fitting_call(
             f"got {came}"
         )
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
-    plan = sequence.plan(keys)
+    lse_gradient = options.return_lse or sinks is not None
+    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient, device_type)
+
+
+def _call(
+    q: Tensor,
+    v_head_dim: int,
+    plan: Plan,
+    options: Options,
+    lse_gradient: bool,
+    device_type: str | None = None,
+) -> Call:
     return Call(
         device_type or q.device.type,
         q.dtype,
         q.shape[3],
-        v.shape[3],
+        v_head_dim,
         softcap=options.softcap is not None,
         scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
         windowed=plan.windowed,
         num_regions=plan.num_regions,
-        lse_gradient=options.return_lse or sinks is not None,
+        lse_gradient=lse_gradient,
     )
 
 

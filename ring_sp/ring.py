@@ -159,25 +159,17 @@ def visiting_order(rings: tuple[Axis, ...]) -> list[int]:
     return sources
 
 
-def ring_pass(
-    x: Tensor | None,
-    path: Path,
-    visit: Visit,
-    message: Message,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Tensor | None:
+def ring_pass(x: Tensor | None, path: Path, visit: Visit, message: Message) -> Tensor | None:
     """Show this rank's 1-D `x` to every rank that needs it, and visit every tensor that this rank
     needs. A hop that no later rank needs is not made.
 
     `visit(tensor, source)` is called once for each needed source, the own one first. Where
     `message.sums_dtype` is set, what the other ranks' visits to `x` return (1-D tensors as long as
     `x`) is summed along the way in that dtype, in ring order, and the sum is returned; None if no
-    other rank needed `x`. What a rank's visit to its own tensor returns is not used. `meanwhile` is
-    called when only the last sums are still under way.
+    other rank needed `x`. What a rank's visit to its own tensor returns is not used.
     """
     if not path.rings:
         seen = visit(x, 0) if x is not None and path.needs(0, 0) else None
-        meanwhile()
         return seen if path.adds(0, 0) else None
     ring, block = path.rings[0], path.block
     outer = replace(message, numel=lambda source: message.numel(source * block + path.place))
@@ -203,7 +195,6 @@ def ring_pass(
             sums.add(seen, source, hop)
         transfer.wait()
         held = arriving
-    meanwhile()
     return sums.finish()
 
 

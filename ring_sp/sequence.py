@@ -3,8 +3,9 @@
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from functools import cache, cached_property
+from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 from zlib import crc32
 
 import torch
@@ -65,6 +66,9 @@ class ShardedSequence:
         )
         """The tokens of each rank."""
         self._regions = self.mask.regions(seq_len)
+        self.number = next(_NUMBERS)
+        """Its name where only numbers and tensors can go; see `numbered`."""
+        _NUMBERED[self.number] = self
         self._plans: WeakKeyDictionary[ShardedSequence, Plan] = WeakKeyDictionary()
         self.served: dict[Hashable, Any] = {}
         """The calls that are known to fit, and what serves them."""
@@ -78,6 +82,13 @@ class ShardedSequence:
     def local_len(self) -> int:
         """Tokens of this rank."""
         return self.lens[self.topology.rank]
+
+    @cached_property
+    def peer_lens(self) -> tuple[int, ...]:
+        """Tokens of this rank's Ulysses peers."""
+        size = self.topology.ulysses.size
+        first = self.topology.ring_rank * size
+        return self.lens[first : first + size]
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """Global positions of this rank's tokens, int64 [local_len]."""
@@ -134,6 +145,18 @@ class ShardedSequence:
             )
 
 
+_NUMBERS = count()
+_NUMBERED: WeakValueDictionary[int, ShardedSequence] = WeakValueDictionary()
+
+
+def numbered(number: int) -> ShardedSequence:
+    """The sequence with a number. Raises RuntimeError if nobody has kept it."""
+    sequence = _NUMBERED.get(number)
+    if sequence is None:
+        raise RuntimeError("the sequence of this call is gone: keep it until the backward is done")
+    return sequence
+
+
 class Plan:
     """The tiles in which the queries of each station of a ring meet the keys of each other."""
 
@@ -147,6 +170,7 @@ class Plan:
         self._order = visiting_order(rings)
         self.rank = self._order[0]
         """This station's number: its own keys are the first that it visits."""
+        self.stations = len(kv_shards)
         self._kv_shards = kv_shards
 
         def meet(rank: int, source: int) -> Iterator[Tile]:

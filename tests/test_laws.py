@@ -33,6 +33,8 @@ LAYERS = [
     "kernels",
     "ulysses",
     "fit",
+    "passes",
+    "operator",
     "attention",
     "explanation",
     "loss",

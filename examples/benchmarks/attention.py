@@ -50,6 +50,14 @@ class Case:
         pairs = sum(tile.area for tile in masks.tiles(self.mask, shard, shard))
         return 14 * self.heads * HEAD_DIM * pairs
 
+    def bytes_by_hand(self, ranks: int) -> int:
+        """What a rank must hold in forward + backward: q, out, dout and dq; k and v, their
+        gradients and two buffers on their way; lse; and dq, dk and dv in float32.
+        """
+        queries, keys = self.heads * HEAD_DIM, 2 * self.kv_heads * HEAD_DIM
+        per_token = 2 * (4 * queries + 4 * keys) + 4 * self.heads + 4 * (queries + keys)
+        return self.seq_len // ranks * per_token
+
 
 def packed(seq_len: int, mean_len: int, seed: int = 0) -> masks.Mask:
     """Documents of log-normal lengths with a median of `mean_len` tokens."""
@@ -149,11 +157,14 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         if "ms" in result:
             ranks = 1 if name.startswith("one GPU") else size
             result["tflops"] = case.flops / result["ms"] / 1e9 / ranks
+            result["of_bytes_by_hand"] = result["peak_bytes"] / case.bytes_by_hand(ranks)
     return {"case": case.name, "ideal_ms": ideal and ideal / size, "results": found}
 
 
 def table(rows: list[Result]) -> str:
-    lines = [f"{'case':20} {'what':26} {'ms':>9} {'TFLOP/s':>8} {'of ideal':>8} {'peak GB':>8}"]
+    lines = [
+        f"{'case':20} {'what':26} {'ms':>9} {'TFLOP/s':>8} {'of ideal':>8} {'peak GB':>8} {'by hand':>8}"
+    ]
     for row in rows:
         for name, x in row["results"].items():
             if "refused" in x:
@@ -162,7 +173,7 @@ def table(rows: list[Result]) -> str:
             share = f"{x['share_of_ideal']:8.3f}" if "share_of_ideal" in x else " " * 8
             lines.append(
                 f"{row['case']:20} {name:26} {x['ms']:9.3f} {x['tflops']:8.0f} {share} "
-                f"{x['peak_bytes'] / 1e9:8.3f}"
+                f"{x['peak_bytes'] / 1e9:8.3f} {x['of_bytes_by_hand']:8.3f}"
             )
     return "\n".join(lines)
 

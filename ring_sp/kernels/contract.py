@@ -108,11 +108,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_state(q: Tensor, v: Tensor) -> State:
-    """The state of queries that have seen nothing."""
+def empty_state(q: Tensor, v_head_dim: int) -> State:
+    """The state of queries that have seen nothing, out in q's dtype."""
     batch, rows, heads, _ = q.shape
     dtype = accumulation_dtype(q.dtype)
     return (
-        q.new_zeros(batch, rows, heads, v.shape[3], dtype=dtype),
+        q.new_zeros(batch, rows, heads, v_head_dim),
         q.new_full((batch, heads, rows), -torch.inf, dtype=dtype),
     )

@@ -27,7 +27,8 @@ def refusal(call: Call) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) -> State:
     """See `contract.Kernel`."""
-    out, lse = state or empty_state(q, v)
+    out, lse = state or empty_state(q, v.shape[3])
+    out = out.to(accumulation_dtype(q.dtype))
     for tile in _blocks(step.tiles):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         queries, keys, values = (

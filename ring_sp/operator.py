@@ -1,0 +1,262 @@
+"""Attention over ranks as one operator of torch, `ring_sp::attention`.
+
+The compiler takes it as it is, without a break in its graph, and a policy of selective activation
+checkpointing can keep its results, so that recomputation does not go round the ring again. A graph
+holds tensors and numbers only: sequences go by their number.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ring_sp.fit import Options, fitting_kernel, kernel_for
+from ring_sp.kernels import Kernel
+from ring_sp.kernels.contract import Rows, accumulation_dtype
+from ring_sp.passes import Setting, Wire, attend, gradients
+from ring_sp.sequence import ShardedSequence, numbered
+from ring_sp.ulysses import kv_replication, to_heads, to_sequence
+
+_OPTIONS = (
+    "float? scale, float? softcap, float dropout_p, int? dropout_seed, str kernel, bool return_lse"
+)
+_PLACE = "int sequence, int kv_sequence, int peers"
+
+
+def operate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: ShardedSequence,
+    keys: ShardedSequence,
+    sinks: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of `ring_attention`, but for sinks, whose shape alone is looked at. Raises as it
+    does.
+    """
+    trained = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks)
+    )
+    if not _typed(q, k, v, sequence, keys, sinks, options):
+        # What torch's operators would not even take; nothing comes back from here.
+        fitting_kernel(q, k, v, sequence, keys, sinks, options, trained)
+    out, lse, *_ = torch.ops.ring_sp.attention(
+        q,
+        k,
+        v,
+        sinks,
+        sequence.number,
+        keys.number,
+        sequence.topology.ulysses.size,
+        *options,
+        trained,
+    )
+    return out, lse
+
+
+def _typed(
+    q: object,
+    k: object,
+    v: object,
+    sequence: object,
+    keys: object,
+    sinks: object,
+    options: Options,
+) -> bool:
+    return (
+        all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v))
+        and all(isinstance(x, ShardedSequence) for x in (sequence, keys))
+        and (sinks is None or isinstance(sinks, Tensor))
+        and all(isinstance(x, int | float | None) for x in (options.scale, options.softcap))
+        and isinstance(options.dropout_p, int | float)
+        and isinstance(options.dropout_seed, int | None)
+        and isinstance(options.kernel, str)
+        and isinstance(options.return_lse, bool)
+    )
+
+
+@torch.library.custom_op(
+    "ring_sp::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_PLACE}, {_OPTIONS}, bool trained)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    number: int,
+    kv_number: int,
+    peers: int,
+    *asked: Any,
+) -> tuple[Tensor, ...]:
+    """(out, lse), and for the backward kv as it travels and, from Ulysses peers, (q, out, lse) as
+    the ring sees them: all tokens of the peers, this peer's heads.
+    """
+    sequence, keys = numbered(number), numbered(kv_number)
+    *options, trained = asked
+    chosen = fitting_kernel(q, k, v, sequence, keys, sinks, Options(*options), trained)
+    ulysses, lens = sequence.topology.ulysses, sequence.peer_lens
+    copies = kv_replication(q.shape[2], k.shape[2], peers)
+    if copies > 1:
+        k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
+    q, k, v = to_heads(q, ulysses, lens), *(to_heads(x, ulysses, keys.peer_lens) for x in (k, v))
+    q, wire = _dense(q), Wire.of(k, v)
+    kv = wire.join(k, v)
+    setting = _setting(sequence, keys, chosen, Options(*options), q.shape[3])
+    out, lse = attend(q, kv, wire, setting)
+    if peers == 1:
+        return out, lse, kv, *(q.new_empty(0) for _ in range(3))
+    whole = to_sequence(_rows_first(lse), ulysses, lens)
+    return to_sequence(out, ulysses, lens), _heads_first(whole), kv, q, out, lse
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _sinks: Tensor | None,
+    number: int,
+    kv_number: int,
+    peers: int,
+    *_asked: Any,
+) -> tuple[Tensor, ...]:
+    batch, rows, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, rows, dtype=accumulation_dtype(q.dtype))
+    out = q.new_empty(batch, rows, heads, v.shape[3])
+    if peers == 1:
+        return out, lse, k.new_empty(k.numel() + v.numel()), *(q.new_empty(0) for _ in range(3))
+    rows, keys = (sum(numbered(int(each)).peer_lens) for each in (number, kv_number))
+    groups = max(k.shape[2] * kv_replication(heads, k.shape[2], peers) // peers, 1)
+    shape = batch, rows, heads // peers
+    return (
+        out,
+        lse,
+        q.new_empty(batch * keys * groups * (k.shape[3] + v.shape[3])),
+        q.new_empty(*shape, q.shape[3]),
+        q.new_empty(*shape, v.shape[3]),
+        lse.new_empty(batch, shape[2], rows),
+    )
+
+
+@torch.library.custom_op(
+    "ring_sp::attention_backward",
+    mutates_args=(),
+    schema="(Tensor? dout, Tensor? dlse, Tensor q, Tensor kv, Tensor out, Tensor lse, "
+    f"{_PLACE}, int kv_heads, bool lse_gradient, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *asked: Any,
+) -> tuple[Tensor, Tensor]:
+    """dq, and dk and dv as one 1-D tensor: of this rank's tokens, all heads."""
+    number, kv_number, peers, kv_heads, lse_gradient, *others = asked
+    sequence, keys, options = numbered(number), numbered(kv_number), Options(*others)
+    ulysses, lens = sequence.topology.ulysses, sequence.peer_lens
+    if dout is not None:
+        dout = to_heads(dout, ulysses, lens)
+    if dlse is not None:
+        dlse = _heads_first(to_heads(_rows_first(dlse), ulysses, lens))
+    dout = torch.zeros_like(out) if dout is None else _dense(dout)
+    plan = sequence.plan(keys)
+    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient)
+    q = _dense(q)
+    copies = kv_replication(q.shape[2] * peers, kv_heads, peers)
+    wire = Wire(q.shape[0], kv_heads * copies // peers, q.shape[3], out.shape[3])
+    setting = _setting(sequence, keys, chosen, options, q.shape[3])
+    dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
+    if peers == 1:
+        return dq, dkv
+    dk, dv = (
+        to_sequence(x, ulysses, keys.peer_lens).unflatten(2, (kv_heads, copies)).sum(3)
+        for x in wire.split(dkv)
+    )
+    return to_sequence(dq, ulysses, lens), Wire.of(dk, dv).join(dk, dv)
+
+
+@attention_backward.register_fake
+def _(
+    _dout: Tensor | None,
+    _dlse: Tensor | None,
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    _lse: Tensor,
+    *asked: Any,
+) -> tuple[Tensor, Tensor]:
+    number, kv_number, peers, kv_heads, *_ = asked
+    batch, rows, heads, head_dim = q.shape
+    if peers == 1:
+        return torch.empty_like(q), torch.empty_like(kv)
+    rows, key_rows = (numbered(int(each)).local_len for each in (number, kv_number))
+    dims = head_dim + out.shape[3]
+    return (
+        q.new_empty(batch, rows, heads * peers, head_dim),
+        kv.new_empty(batch * key_rows * kv_heads * dims),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, sinks, number, kv_number, peers, *options, _ = inputs
+    out, lse, kv, *traded = output
+    ctx.save_for_backward(*([q, kv, out, lse] if peers == 1 else [traded[0], kv, *traded[1:]]))
+    lse_gradient = Options(*options).return_lse or sinks is not None
+    ctx.asked = number, kv_number, peers, k.shape[2], lse_gradient, *options
+    ctx.shapes = k.shape, v.shape
+    if not torch.compiler.is_compiling():
+        ctx.alive = numbered(number), numbered(kv_number)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    unasked = (None,) * 11
+    if dout is None and dlse is None:
+        return None, None, None, *unasked
+    q, kv, out, lse = ctx.saved_tensors
+    dq, dkv = torch.ops.ring_sp.attention_backward(dout, dlse, q, kv, out, lse, *ctx.asked)
+    dk, dv = dkv.split([shape.numel() for shape in ctx.shapes])
+    return dq, dk.view(ctx.shapes[0]), dv.view(ctx.shapes[1]), *unasked
+
+
+def _refuse(*_: Any) -> None:
+    raise NotImplementedError("ring attention has no second derivative")
+
+
+attention.register_autograd(_differentiate, setup_context=_keep)
+attention_backward.register_autograd(_refuse)
+
+
+def _setting(
+    sequence: ShardedSequence,
+    keys: ShardedSequence,
+    kernel: Kernel,
+    options: Options,
+    head_dim: int,
+) -> Setting:
+    scale = head_dim**-0.5 if options.scale is None else options.scale
+    return Setting(sequence.plan(keys), kernel, scale, options.softcap)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x`, dense in its last dimension, as kernels want it."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _rows_first(lse: Tensor) -> Tensor:
+    """[B, H, S] -> [B, S, H, 1]."""
+    return lse.transpose(1, 2).unsqueeze(3)
+
+
+def _heads_first(lse: Tensor) -> Tensor:
+    """[B, S, H, 1] -> [B, H, S], dense."""
+    return lse.squeeze(3).transpose(1, 2).contiguous()

@@ -1,0 +1,128 @@
+"""Attention as one operator: to the compiler, and to activation checkpointing."""
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from conftest import World
+from ranks import sequence
+from ringed import relative
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ring_sp import ShardedSequence, masks, passes, ring_attention
+
+Sizes = dict[str, int]
+SPREAD: list[tuple[int, Sizes]] = [
+    (1, {}),
+    (2, {"ring": 2}),
+    (2, {"ulysses": 2}),
+    (4, {"ring": 2, "ulysses": 2}),
+]
+
+
+def model(seq: ShardedSequence, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    out, lse = ring_attention(q.sin(), k * 2, v, seq, sinks=sinks, softcap=3.0, return_lse=True)
+    return out.square().sum() + lse.masked_fill(lse.isinf(), 0).sum()
+
+
+def tensors(seq: ShardedSequence) -> list[Tensor]:
+    """q, k, v and sinks of this rank; fewer key heads than Ulysses peers, and Dv unlike D."""
+    shapes = [(1, seq.local_len, 4, 8), (1, seq.local_len, 1, 8), (1, seq.local_len, 1, 6), (4,)]
+    return [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def compiled_against_eager(sizes: Sizes) -> list[float]:
+    """For two masks in turn, since a graph must not keep the first: how far value and gradients of
+    the compiled model are from the eager one's.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for mask in (masks.causal(), masks.documents([0, 5, 14]), masks.causal()):
+        seq = sequence(sizes, 21, mask=mask)
+        inputs = tensors(seq)
+        here, there = (f(seq, *inputs) for f in (compiled, model))
+        grads = (torch.autograd.grad(loss, inputs) for loss in (here, there))
+        found += [
+            relative(a, b) for a, b in zip((here, *next(grads)), (there, *next(grads)), strict=True)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("size", "sizes"), SPREAD, ids=str)
+def test_the_compiler_takes_it_whole(
+    world: Callable[[int], World], size: int, sizes: Sizes
+) -> None:
+    for found in world(size).run(compiled_against_eager, sizes):
+        assert max(found) < 1e-13
+
+
+def checked(sizes: Sizes) -> None:
+    """torch's own checks of an operator: its schema, its fake results, its gradients' place."""
+    seq = sequence(sizes, 21)
+    q, k, v, sinks = tensors(seq)
+    number, peers = seq.number, seq.topology.ulysses.size
+    options = None, 3.0, 0.0, None, "auto", True
+    torch.library.opcheck(
+        torch.ops.ring_sp.attention.default,
+        (q, k, v, sinks, number, number, peers, *options, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    with torch.no_grad():
+        out, lse, kv, *traded = torch.ops.ring_sp.attention(
+            q, k, v, sinks, number, number, peers, *options, False
+        )
+    saved = (q.detach(), kv, out, lse) if peers == 1 else (traded[0], kv, *traded[1:])
+    torch.library.opcheck(
+        torch.ops.ring_sp.attention_backward.default,
+        (torch.ones_like(out), None, *saved, number, number, peers, 1, True, *options),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(("size", "sizes"), SPREAD, ids=str)
+def test_what_it_promises_the_compiler_is_what_it_gives(
+    world: Callable[[int], World], size: int, sizes: Sizes
+) -> None:
+    world(size).run(checked, sizes)
+
+
+def passes_of_a_checkpointed_layer(keep: bool) -> tuple[int, float]:
+    """Passes round the ring in forward and backward of a checkpointed layer, and how far its
+    gradients are from those of the plain one.
+    """
+    seq = sequence({"ring": 2}, 21)
+    inputs = tensors(seq)
+    ops = [torch.ops.ring_sp.attention.default] if keep else [torch.ops.aten.mm.default]
+    policy = partial(create_selective_checkpoint_contexts, ops)
+    wanted = torch.autograd.grad(model(seq, *inputs), inputs)
+    with mock.patch.object(passes, "ring_pass", wraps=passes.ring_pass) as ring:
+        loss = checkpoint(model, seq, *inputs, use_reentrant=False, context_fn=policy)
+        found = torch.autograd.grad(loss, inputs)
+    return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("keep", "wanted"), [(True, 2), (False, 3)])
+def test_a_checkpoint_that_keeps_it_does_not_go_round_again(
+    world: Callable[[int], World], keep: bool, wanted: int
+) -> None:
+    for count, error in world(2).run(passes_of_a_checkpointed_layer, keep):
+        assert count == wanted and error < 1e-14
+
+
+def test_a_sequence_that_nobody_keeps_outlives_its_backward_only() -> None:
+    x = torch.randn(1, 8, 2, 4, requires_grad=True)
+    seq = ShardedSequence(8)
+    number, out = seq.number, ring_attention(x, x, x, seq)
+    del seq
+    out.sum().backward()
+    del out
+    gc.collect()
+    with pytest.raises(RuntimeError, match="sequence of this call is gone"):
+        torch.ops.ring_sp.attention(
+            x, x, x, None, number, number, 1, None, None, 0.0, None, "auto", False, False
+        )

@@ -1,0 +1,122 @@
+"""What a pass round the ring does to rounding, with all its stations played by one process."""
+
+from unittest import mock
+
+import pytest
+import torch
+from oracle import attention
+from torch import Tensor
+
+from ring_sp import ShardedSequence, masks, passes
+from ring_sp.kernels import KERNELS, Call
+from ring_sp.kernels.contract import Rows
+from ring_sp.passes import Setting, Wire
+from ring_sp.ring import Axis, Message, Path, Visit, visiting_order
+from ring_sp.topology import Topology
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+LIMIT = 1.3
+"""Error of a ring over that of one station by itself."""
+
+each_kernel = pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        pytest.param("reference", "cpu"),
+        *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in KERNELS),
+    ],
+)
+
+
+def whole(seq_len: int, device: str) -> list[Tensor]:
+    """q, k, v and dout of the whole sequence, in bf16."""
+    make = torch.Generator().manual_seed(0)
+    shapes = [(1, seq_len, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    made = [torch.randn(*shape, generator=make, dtype=torch.float64) for shape in shapes]
+    return [x.to(device, torch.bfloat16) for x in made]
+
+
+class Stations:
+    """The stations of a ring of `size`, and what `ring_pass` would do between them."""
+
+    def __init__(self, size: int, seq_len: int, name: str, device: str) -> None:
+        self.size, self.name = size, name
+        self.q, self.k, self.v, self.dout = whole(seq_len, device)
+        self.sequences = [
+            ShardedSequence(seq_len, Topology(ring=Axis(rank, size)), masks.causal())
+            for rank in range(size)
+        ]
+        self.kvs: list[Tensor] = []
+        self.sums: dict[int, Tensor] = {}
+
+    def shard(self, x: Tensor, rank: int) -> Tensor:
+        return self.sequences[rank].shard(x)
+
+    def ring_pass(self, _kv: Tensor, path: Path, visit: Visit, message: Message) -> Tensor | None:
+        """Visits in ring order; the sums of all stations are kept in `sums`, not sent home."""
+        (ring,) = path.rings or (Axis(),)
+        for source in visiting_order(path.rings):
+            if path.needs(ring.rank, source):
+                seen = visit(self.kvs[source], source)
+                if seen is not None and source != ring.rank:
+                    total = self.sums.get(source)
+                    seen = seen.to(message.sums_dtype)
+                    self.sums[source] = seen if total is None else total.add_(seen)
+        return None
+
+    def results(self) -> list[Tensor]:
+        """out, dq, dk and dv of the whole sequence."""
+        parts: list[list[Tensor]] = []
+        wire = Wire(1, KV_HEADS, DIM, DIM)
+        ranks = range(self.size)
+        self.kvs = [wire.join(self.shard(self.k, rank), self.shard(self.v, rank)) for rank in ranks]
+        own: list[Tensor] = []
+        with mock.patch.object(passes, "ring_pass", self.ring_pass):
+            for rank in ranks:
+                plan = self.sequences[rank].plan()
+                setting = Setting(plan, KERNELS[self.name], DIM**-0.5, None)
+                q = self.shard(self.q, rank)
+                out, lse = passes.attend(q, self.kvs[rank], wire, setting)
+                rows = Rows(out, lse, self.shard(self.dout, rank))
+                with mock.patch.object(passes, "_sum", lambda _, kept, __: kept):
+                    dq, kept = passes.gradients(q, self.kvs[rank], wire, rows, setting)
+                own.append(kept)
+                parts.append([out, dq])
+        for rank in ranks:
+            dkv = passes._sum(self.kvs[rank], own[rank], self.sums.get(rank))
+            parts[rank] += wire.split(dkv)
+        return [self.joined([part[at] for part in parts]) for at in range(4)]
+
+    def joined(self, shards: list[Tensor]) -> Tensor:
+        whole = shards[0].new_empty(1, self.sequences[0].seq_len, *shards[0].shape[2:])
+        for sequence, shard in zip(self.sequences, shards, strict=True):
+            whole[:, sequence.positions(shard.device)] = shard
+        return whole
+
+
+def exact(seq_len: int, device: str) -> list[Tensor]:
+    q, k, v, dout = (x.double() for x in whole(seq_len, device))
+    trained = [x.requires_grad_() for x in (q, k, v)]
+    visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
+    out, _ = attention(q, k, v, visible)
+    return [out.detach(), *torch.autograd.grad(out, trained, dout)]
+
+
+def errors(found: list[Tensor], true: list[Tensor]) -> list[float]:
+    """Of out, dq, dk and dv: norm of the difference over the norm."""
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, true, strict=True)]
+
+
+@each_kernel
+def test_rounding_hardly_grows_with_the_ring(name: str, device: str) -> None:
+    seq_len = 512 if device == "cpu" else 4096
+    call = Call(device, torch.bfloat16, DIM, DIM, scale=DIM**-0.5)
+    reason = KERNELS[name].refusal(call)
+    if reason:
+        pytest.skip(reason)
+    true = exact(seq_len, device)
+    alone = errors(Stations(1, seq_len, name, device).results(), true)
+    assert max(alone) < 1e-2
+    for size in (2, 4, 8, 16):
+        ring = errors(Stations(size, seq_len, name, device).results(), true)
+        for mine, own, result in zip(ring, alone, ("out", "dq", "dk", "dv"), strict=True):
+            assert mine < LIMIT * own, (size, result, mine / own)
