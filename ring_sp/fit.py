@@ -2,15 +2,18 @@
 
 from collections.abc import Hashable
 from math import inf, isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from ring_sp.agreement import agree, refusal
+from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
 from ring_sp.masks import causal
 from ring_sp.sequence import Plan, ShardedSequence
 from ring_sp.ulysses import kv_replication
+
+KEPT_CALLS = 1000
+"""Calls that a sequence remembers."""
 
 
 class Options(NamedTuple):
@@ -36,28 +39,29 @@ def fitting_kernel(
 ) -> Kernel:
     """The kernel that serves a call, `trained` if any of its tensors gets a gradient.
 
-    Raises ValueError or NotImplementedError on every rank if a rank's call does not fit; costs a
-    lookup once such a call has passed.
+    Raises ValueError or NotImplementedError if the call does not fit: on every rank in the first
+    call with these options over these sequences, later where it is seen. Costs a lookup once such a
+    call has passed.
     """
     for name, given in (("sequence", sequence), ("kv_sequence", keys)):
         if not isinstance(given, ShardedSequence):
             raise ValueError(f"{name} must be a ShardedSequence; got {type(given)}")
-    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, trained, repr(options))
-    if call not in sequence.served:
-        kernels: list[Kernel] = []
-        error = refusal(lambda: kernels.append(_check(q, k, v, sequence, keys, sinks, options)))
-        common = (
-            f"{name} {_shared(x)}" for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
-        )
-        terms = (
-            f"{', '.join(common)}, gradients {trained}, over {sequence.place}, keys of "
-            f"{keys.place}, {options}"
-        )
-        device_type = q.device.type if error is None else "cpu"
-        agree(sequence.topology, sequence.place, terms, error, device_type)
-        sequence.served[call] = kernels[0]
-    kernel: Kernel = sequence.served[call]
-    return kernel
+    asked = f"{options}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
+    call = *map(_seen, (q, k, v, sinks)), keys.topology, asked
+    kernel, terms = sequence.served.get(call, (None, ""))
+    if kernel is None or not agreed(sequence.topology, terms):
+        found: list[Kernel] = []
+        all_given = q, k, v, sequence, keys, sinks, options, trained
+        error = refusal(lambda: found.append(_check(*all_given)))
+        tensors = zip(("q", "k", "v", "sinks"), (q, k, v, sinks), strict=True)
+        terms = ", ".join([*(f"{name} {_shared(x)}" for name, x in tensors), asked])
+        terms += f", kernel {found[0].__name__}" if found else ""
+        agree(sequence.topology, asked, terms, error, "cpu" if error else q.device.type)
+        (kernel,) = found
+        if len(sequence.served) >= KEPT_CALLS:
+            sequence.served.clear()
+        sequence.served[call] = kernel, terms
+    return cast(Kernel, kernel)
 
 
 def kernel_for(
@@ -100,6 +104,7 @@ def _check(
     keys: ShardedSequence,
     sinks: Tensor | None,
     options: Options,
+    trained: bool,
 ) -> Kernel:
     """The kernel for a call that is right as far as this rank can see; raises if it is not."""
     _check_options(options)
@@ -116,7 +121,7 @@ def _check(
             f"got {came}"
         )
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
-    lse_gradient = options.return_lse or sinks is not None
+    lse_gradient = trained and (options.return_lse or sinks is not None)
     return kernel_for(q, v.shape[3], sequence.plan(keys), options, lse_gradient)
 
 
@@ -126,7 +131,7 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"scale must be None or a finite number; got {scale}")
     if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
         raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    if options.dropout_p or options.dropout_seed is not None:
+    if options.dropout_p != 0 or options.dropout_seed is not None:
         raise NotImplementedError(
             f"attention dropout is not implemented; got dropout_p={options.dropout_p}, "
             f"dropout_seed={options.dropout_seed}. Use 0 and None."

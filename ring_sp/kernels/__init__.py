@@ -21,7 +21,7 @@ def select(name: str, call: Call) -> Kernel:
     Raises ValueError for an unknown name, and for a kernel that cannot serve the call, with its
     reason.
     """
-    if name != "auto" and name not in KERNELS:
+    if name != "auto" and (not isinstance(name, str) or name not in KERNELS):
         raise ValueError(f"kernel must be one of auto, {', '.join(KERNELS)}; got {name!r}")
     refusals = []
     for candidate in KERNELS if name == "auto" else [name]:
