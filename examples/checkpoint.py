@@ -54,10 +54,11 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, arguments: dict[s
             f"{target} was not saved with --tensor-model-parallel-size {size}. Resume with the "
             f"size it was saved with; ring and data sizes may differ."
         )
+    saved = state.get("arguments", {})
     changed = [
-        f"--{name.replace('_', '-')} {saved}, not {arguments[name]}"
-        for name, saved in state["arguments"].items()
-        if saved != arguments[name]
+        f"--{name.replace('_', '-')} {saved.get(name)}, not {value}"
+        for name, value in arguments.items()
+        if saved.get(name) != value
     ]
     if changed:
         raise ValueError(f"{target} was saved with {'; '.join(changed)}. Resume with the same.")

@@ -17,6 +17,11 @@ Refusal = ValueError | NotImplementedError
 _Report = tuple[str, Refusal | None]
 
 
+def agreed(topology: Topology, terms: str) -> bool:
+    """Whether all ranks of the topology have agreed on these terms, and none has forgotten it."""
+    return terms in topology.agreements
+
+
 def refusal(check: Callable[[], object]) -> Refusal | None:
     """The error that a check raises, to be raised on every rank; None if all is well."""
     try:

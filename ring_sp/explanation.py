@@ -1,7 +1,7 @@
 """What a call of ring_attention gets: kernel, exchange, layout, and work and bytes of each rank."""
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -12,13 +12,13 @@ from torch import Tensor
 from ring_sp.fit import Options, fitting_call
 from ring_sp.kernels import KERNELS, choose
 from ring_sp.kernels.contract import accumulation_dtype
-from ring_sp.passes import Wire, sums_dtype
+from ring_sp.passes import QueryWire, Setting, Wire, queries_travel, sums_dtype
 from ring_sp.ring import DATA, SUMS, Axis, Path
-from ring_sp.sequence import ShardedSequence
+from ring_sp.sequence import Plan, ShardedSequence
 from ring_sp.topology import SEQUENCE, Topology
 from ring_sp.ulysses import kv_replication
 
-_COUNTS = {"tokens", "kv_tokens", "pairs", "tiles", "hops"}
+_COUNTS = {"tokens", "kv_tokens", "pairs", "tiles", "hops", "backward_hops"}
 """The fields of Load that are no bytes."""
 
 
@@ -34,13 +34,16 @@ class Load:
     tiles: int
     """Rectangles in which they lie: the smaller and the more, the slower for equal pairs."""
     hops: int
-    """Messages that bring keys and values to the next rank, in forward and again in backward."""
+    """Messages that bring keys and values to the next rank."""
+    backward_hops: int
+    """Messages that bring what goes round in backward to the next rank."""
     forward_kv: int
     forward_heads: int
     """In the all-to-alls of Ulysses."""
-    backward_kv: int
+    backward_data: int
+    """What goes round, see `Explanation.backward_travels`."""
     backward_sums: int
-    """Gradients of keys and values, under way and home."""
+    """Gradients of what goes round, under way and home."""
     backward_heads: int
 
     @property
@@ -51,7 +54,7 @@ class Load:
     @property
     def backward_bytes(self) -> int:
         """All bytes of the backward pass."""
-        return self.backward_kv + self.backward_sums + self.backward_heads
+        return self.backward_data + self.backward_sums + self.backward_heads
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class Explanation:
     """Ranks along the axes "outer", "ring" and "ulysses"."""
     layout: str
     backward_travels: str
-    """What goes round in backward: "kv", and dkv after it."""
+    """What goes round in backward, where it is fewer bytes: "keys" or "queries"; their gradients
+    follow.
+    """
     heads: int
     """Query heads of each rank, once Ulysses has traded heads for sequence."""
     kv_heads: int
@@ -101,7 +106,7 @@ class Explanation:
             f"kernel    {self.kernel or 'none: ring_attention raises ValueError'}",
             *(f"          {name} cannot: {reason}" for name, reason in self.refusals.items()),
             *(f"          {name} could, and was not chosen" for name in able),
-            f"exchange  {self.exchange} ({sizes}); {self.backward_travels} travels in backward",
+            f"exchange  {self.exchange} ({sizes}); {self.backward_travels} travel in backward",
             f"layout    {self.layout}; balance {self.balance:.3f}",
             f"heads     {self.heads} a rank, {self.kv_heads} of keys, each sent {self.kv_copies} x",
             "",
@@ -109,9 +114,7 @@ class Explanation:
         return "\n".join(lines + _aligned(self._rows()))
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """Ranks that follow each other with the same load share a row; columns of zeros are
-        left out.
-        """
+        """Ranks with the same load share a row; columns of zeros are left out."""
         shown = [field.name for field in fields(Load) if getattr(self.total, field.name)]
         rows = [("rank", "share", *(name.replace("_", " ") for name in shown))]
         for load, alike in groupby(range(len(self.loads)), lambda rank: self.loads[rank]):
@@ -130,12 +133,14 @@ def explain(
     *,
     sinks: Tensor | None = None,
     device_type: str | None = None,
+    trained: bool = True,
     **options: Any,
 ) -> Explanation:
     """What `ring_attention` does with the same arguments. Nothing is computed or sent, and
     torch.distributed need not be initialised: `Topology(ring=Axis(rank, size))` will do.
 
-    q, k and v may be meta tensors; then, or to ask for another device, give `device_type`. Kernels
+    `trained` if any of its tensors gets a gradient: a kernel may serve only what does not. q, k and
+    v may be meta tensors; then, or to ask for another device, give `device_type`. Kernels
     answer for the machine at hand. Bytes are those of a loss that depends on all that the call
     returns; what ranks agree on in the first call of its kind comes on top. Raises what
     `ring_attention` raises, but for kernels that refuse.
@@ -143,7 +148,8 @@ def explain(
     keys = sequence if kv_sequence is None else kv_sequence
     asked = Options(**options)
     where = _device_type(device_type) if device_type else None
-    call = fitting_call(q, k, v, sequence, keys, sinks, asked, where)
+    call = fitting_call(q, k, v, sequence, keys, sinks, asked, trained)
+    call = replace(call, device_type=where or call.device_type)
     if call.device_type == "meta":
         raise ValueError("meta tensors are nowhere; give device_type, such as 'cuda'")
     kernel, _ = choose(asked.kernel, call)
@@ -154,7 +160,17 @@ def explain(
     peers = topology.ulysses.size
     copies = kv_replication(q.shape[2], k.shape[2], peers)
     kv = Wire(q.shape[0], k.shape[2] * copies // peers, k.shape[3], v.shape[3])
-    messages = _Messages(kv, q.shape[2] // peers, q.dtype, call.lse_gradient)
+    queries = QueryWire(q.shape[0], q.shape[2] // peers, q.shape[3], v.shape[3])
+    travels = sums_dtype(q.dtype, topology.ring_size)
+    turned = kernel is not None and queries_travel(
+        queries,
+        kv,
+        Setting(sequence.plan(keys), KERNELS[kernel], call.scale, asked.softcap),
+        q.dtype.itemsize,
+        travels.itemsize,
+    )
+    lse_gradient = asked.return_lse or sinks is not None
+    messages = _Messages(kv, queries, q.dtype, travels, turned, lse_gradient)
     layouts = dict.fromkeys((sequence.layout, keys.layout))
     return Explanation(
         kernel=kernel,
@@ -162,8 +178,8 @@ def explain(
         exchange=_exchange(topology),
         sizes={name: getattr(topology, name).size for name in SEQUENCE},
         layout=" with keys ".join(layouts),
-        backward_travels="kv",
-        heads=messages.heads,
+        backward_travels="queries" if turned else "keys",
+        heads=queries.heads,
         kv_heads=kv.kv_heads,
         kv_copies=copies,
         loads=tuple(_loads(sequence, keys, messages)),
@@ -172,23 +188,40 @@ def explain(
 
 @dataclass(frozen=True)
 class _Messages:
-    """What travels: a station's keys and values and its query heads, in q's dtype, and lse, whose
-    gradient may travel too.
+    """What travels: a station's keys and values and its queries, of a dtype, and the sums of
+    another; whether the queries go round in backward, and whether lse has a gradient.
     """
 
     kv: Wire
-    heads: int
+    queries: QueryWire
     dtype: torch.dtype
+    sums_dtype: torch.dtype
+    turned: bool
     lse_gradient: bool
+
+    def ringed(self, path: Path, plan: Plan, turned: bool) -> dict[int, list[int]]:
+        """Bytes of each message with DATA, and of each with SUMS, in a pass with sums."""
+        size, sums_size = self.dtype.itemsize, self.sums_dtype.itemsize
+        sent: dict[int, list[int]] = {DATA: [], SUMS: []}
+        for tag, source in path.sent():
+            q_len, kv_len = plan.q_lens[source], plan.kv_lens[source]
+            if turned and tag == DATA:
+                num_bytes = self.queries.numel(q_len, size)
+            elif turned:
+                num_bytes = self.queries.dq_numel(q_len) * sums_size
+            else:
+                num_bytes = self.kv.numel(kv_len) * (size if tag == DATA else sums_size)
+            sent[tag].append(num_bytes)
+        return sent
 
     def traded(self, q_tokens: tuple[int, int], kv_tokens: tuple[int, int]) -> tuple[int, int]:
         """Bytes in the all-to-alls of forward and backward, of tokens that go to heads and of
         tokens that go to the sequence.
         """
         kv, size = self.kv, self.dtype.itemsize
-        queries = kv.batch * self.heads * kv.head_dim * size
-        results = kv.batch * self.heads * kv.v_head_dim * size
-        lse = kv.batch * self.heads * accumulation_dtype(self.dtype).itemsize
+        queries = kv.batch * self.queries.heads * kv.head_dim * size
+        results = kv.batch * self.queries.heads * kv.v_head_dim * size
+        lse = kv.batch * self.queries.heads * accumulation_dtype(self.dtype).itemsize
         dlse = lse if self.lse_gradient else 0
         keys = kv.numel(1) * size
         (q_there, q_back), (kv_there, kv_back) = q_tokens, kv_tokens
@@ -199,16 +232,15 @@ class _Messages:
 
 
 def _loads(sequence: ShardedSequence, keys: ShardedSequence, messages: _Messages) -> Iterator[Load]:
-    plan, topology, kv = sequence.plan(keys), sequence.topology, messages.kv
-    dtypes = {DATA: messages.dtype, SUMS: sums_dtype(messages.dtype, topology.ring_size)}
+    plan, topology = sequence.plan(keys), sequence.topology
+    back = plan.turned if messages.turned else plan
     for station in range(topology.ring_size):
         sources = range(topology.ring_size)
         tiles = [tile for source in sources for tile in plan.meet(station, source)]
         outer, ring = divmod(station, topology.ring.size)
         there = Topology(Axis(outer, topology.outer.size), Axis(ring, topology.ring.size))
-        sent: dict[int, list[int]] = {DATA: [], SUMS: []}
-        for tag, source in Path(there.rings, plan.needs).sent():
-            sent[tag].append(kv.numel(plan.kv_len(source)) * dtypes[tag].itemsize)
+        sent = messages.ringed(Path(there.rings, plan.needs), plan, False)[DATA]
+        sent_back = messages.ringed(Path(there.rings, back.needs), plan, messages.turned)
         peers = topology.ulysses.size
         at = slice(station * peers, (station + 1) * peers)
         for own, kv_own in zip(sequence.lens[at], keys.lens[at], strict=True):
@@ -222,11 +254,12 @@ def _loads(sequence: ShardedSequence, keys: ShardedSequence, messages: _Messages
                 kv_tokens=kv_own,
                 pairs=sum(tile.area for tile in tiles),
                 tiles=len(tiles),
-                hops=len(sent[DATA]),
-                forward_kv=sum(sent[DATA]),
+                hops=len(sent),
+                backward_hops=len(sent_back[DATA]),
+                forward_kv=sum(sent),
                 forward_heads=forward_heads,
-                backward_kv=sum(sent[DATA]),
-                backward_sums=sum(sent[SUMS]),
+                backward_data=sum(sent_back[DATA]),
+                backward_sums=sum(sent_back[SUMS]),
                 backward_heads=backward_heads,
             )
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Hashable
 from math import inf, isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from ring_sp.agreement import agree, refusal
+from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
 from ring_sp.masks import causal
 from ring_sp.sequence import Plan, ShardedSequence
 from ring_sp.ulysses import kv_replication
+
+KEPT_CALLS = 1000
+"""Calls that a sequence remembers."""
 
 
 class Options(NamedTuple):
@@ -36,32 +39,27 @@ def fitting_kernel(
 ) -> Kernel:
     """The kernel that serves a call, `trained` if any of its tensors gets a gradient.
 
-    Raises ValueError or NotImplementedError on every rank if a rank's call does not fit; costs a
-    lookup once such a call has passed.
+    Raises ValueError or NotImplementedError if the call does not fit: on every rank in the first
+    call with these options over these sequences, later where it is seen. Costs a lookup once such a
+    call has passed.
     """
     _check_kinds(sequence, keys)
-    call = (*map(_seen, (q, k, v, sinks)), keys.place, keys.topology, trained, repr(options))
-    if call not in sequence.served:
-        kernels: list[Kernel] = []
-
-        def choose() -> None:
-            kernels.append(
-                select(options.kernel, fitting_call(q, k, v, sequence, keys, sinks, options))
-            )
-
-        error = refusal(choose)
-        common = (
-            f"{name} {_shared(x)}" for name, x in (("q", q), ("k", k), ("v", v), ("sinks", sinks))
-        )
-        terms = (
-            f"{', '.join(common)}, gradients {trained}, over {sequence.place}, keys of "
-            f"{keys.place}, {options}"
-        )
-        device_type = q.device.type if error is None else "cpu"
-        agree(sequence.topology, sequence.place, terms, error, device_type)
-        sequence.served[call] = kernels[0]
-    kernel: Kernel = sequence.served[call]
-    return kernel
+    asked = f"{options}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
+    call = *map(_seen, (q, k, v, sinks)), keys.topology, asked
+    kernel, terms = sequence.served.get(call, (None, ""))
+    if kernel is None or not agreed(sequence.topology, terms):
+        found: list[Kernel] = []
+        all_given = q, k, v, sequence, keys, sinks, options, trained
+        error = refusal(lambda: found.append(select(options.kernel, fitting_call(*all_given))))
+        tensors = zip(("q", "k", "v", "sinks"), (q, k, v, sinks), strict=True)
+        terms = ", ".join([*(f"{name} {_shared(x)}" for name, x in tensors), asked])
+        terms += f", kernel {found[0].__name__}" if found else ""
+        agree(sequence.topology, asked, terms, error, "cpu" if error else q.device.type)
+        (kernel,) = found
+        if len(sequence.served) >= KEPT_CALLS:
+            sequence.served.clear()
+        sequence.served[call] = kernel, terms
+    return cast(Kernel, kernel)
 
 
 def kernel_for(
@@ -93,10 +91,10 @@ def fitting_call(
     keys: ShardedSequence,
     sinks: Tensor | None,
     options: Options,
-    device_type: str | None = None,
+    trained: bool,
 ) -> Call:
     """What a kernel must know of a call that is right as far as this rank can see; raises
-    ValueError or NotImplementedError if it is not. `device_type` defaults to that of q.
+    ValueError or NotImplementedError if it is not.
     """
     _check_kinds(sequence, keys)
     _check_options(options)
@@ -113,20 +111,13 @@ def fitting_call(
             f"got {came}"
         )
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
-    lse_gradient = options.return_lse or sinks is not None
-    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient, device_type)
+    lse_gradient = trained and (options.return_lse or sinks is not None)
+    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient)
 
 
-def _call(
-    q: Tensor,
-    v_head_dim: int,
-    plan: Plan,
-    options: Options,
-    lse_gradient: bool,
-    device_type: str | None = None,
-) -> Call:
+def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool) -> Call:
     return Call(
-        device_type or q.device.type,
+        q.device.type,
         q.dtype,
         q.shape[3],
         v_head_dim,
@@ -150,7 +141,7 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"scale must be None or a finite number; got {scale}")
     if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
         raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    if options.dropout_p or options.dropout_seed is not None:
+    if options.dropout_p != 0 or options.dropout_seed is not None:
         raise NotImplementedError(
             f"attention dropout is not implemented; got dropout_p={options.dropout_p}, "
             f"dropout_seed={options.dropout_seed}. Use 0 and None."

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.masks import documents
 
 IGNORE = -100
 """Label of a token that has no loss."""
@@ -23,14 +24,18 @@ def shift_labels(tokens: Tensor, cu_seqlens: Sequence[int] | None = None) -> Ten
     """
     if tokens.dtype not in (torch.int16, torch.int32, torch.int64):
         raise ValueError(f"tokens must be int16, int32 or int64; got {tokens.dtype}")
-    if cu_seqlens is not None and cu_seqlens[-1] > tokens.shape[1]:
-        raise ValueError(f"cu_seqlens end at {cu_seqlens[-1]}, tokens at {tokens.shape[1]}")
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must be [batch, tokens]; got shape {tuple(tokens.shape)}")
+    if cu_seqlens is not None:
+        end = documents(cu_seqlens).min_len
+        if end > tokens.shape[1]:
+            raise ValueError(f"cu_seqlens end at {end}, tokens at {tokens.shape[1]}")
     labels = torch.roll(tokens, -1, dims=1)
     labels[:, -1] = IGNORE
     if cu_seqlens is not None:
         ends = torch.as_tensor(cu_seqlens, device=tokens.device)[1:] - 1
         labels[:, ends[ends >= 0]] = IGNORE
-        labels[:, int(cu_seqlens[-1]) :] = IGNORE
+        labels[:, end:] = IGNORE
     return labels
 
 
@@ -43,20 +48,26 @@ def token_mean(
 ) -> Tensor:
     """The mean of `losses` over the tokens that are `counted`, on all ranks of `group` together.
 
-    losses and counted (bool) have one shape, this rank's tokens. Every rank gets the same value, 0
-    where nothing is counted at all. The gradient on a rank is that of its own tokens, so that the
-    sum over ranks is the gradient of the mean, however unevenly the counted tokens lie.
+    losses and counted (bool) have one shape, this rank's tokens; ValueError if not. Every rank gets
+    the same value, 0 where nothing is counted at all. The gradient on a rank is that of its own
+    tokens, so that the sum over ranks is the gradient of the mean, however unevenly the counted
+    tokens lie.
     `averaged_over` is the number of ranks over which the host averages gradients afterwards (1
     where it sums them); it scales the gradient and not the value. Where gradients accumulate over
     several batches, `count` is the number of counted tokens of all of them on all ranks, and the
     results add up to the mean. `group` None is one process. Collective over `group`.
     """
+    if losses.shape != counted.shape or counted.dtype != torch.bool:
+        raise ValueError(
+            f"losses and counted must have one shape, counted bool; got {list(losses.shape)} and "
+            f"{list(counted.shape)} {counted.dtype}"
+        )
     total = losses.to(accumulation_dtype(losses.dtype)).masked_fill(~counted, 0).sum()
-    sums = torch.stack([total.detach(), counted.sum()]).double()
+    sums = torch.stack([total.detach().double(), counted.sum().double()])
     if group is not None:
         dist.all_reduce(sums, group=group)
     whole, found = sums
-    count = (found if count is None else count).clamp_min(1)
+    count = (found if count is None else torch.as_tensor(count)).clamp_min(1)
     return _Mean.apply(total, whole, count, averaged_over)
 
 

@@ -7,6 +7,7 @@ Every mask is a disjoint union of regions (regions.py); a new mask is a function
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from ring_sp.layout import Shard, whole_number
 from ring_sp.regions import UNBOUNDED, Region, Regions, Tile, union
@@ -112,7 +113,7 @@ def documents(cu_seqlens: Sequence[int], inner: Mask | None = None) -> Mask:
     Tokens after the last document are padding: they see nothing and nobody sees them. Raises
     ValueError unless cu_seqlens starts at 0 and never falls.
     """
-    cuts = tuple(whole_number("each of cu_seqlens", cut) for cut in cu_seqlens)
+    cuts = tuple(whole_number("each of cu_seqlens", x) for x in _listed("cu_seqlens", cu_seqlens))
     if not cuts or cuts[0] != 0 or any(stop < start for start, stop in pairwise(cuts)):
         raise ValueError(
             f"documents needs cu_seqlens that start at 0 and never fall; got {cuts[:8]}"
@@ -131,18 +132,13 @@ def documents(cu_seqlens: Sequence[int], inner: Mask | None = None) -> Mask:
     )
 
 
-def bidirectional_spans(spans: Sequence[tuple[int, int]], inner: Mask | None = None) -> Mask:
+def bidirectional_spans(spans: Iterable[tuple[int, int]], inner: Mask | None = None) -> Mask:
     """`inner` (default causal), and inside each half-open span (start, stop) everybody sees
     everybody.
 
     For images or other blocks in text. Raises ValueError unless spans ascend without overlap.
     """
-    if any(len(span) != 2 for span in spans):
-        raise ValueError(f"bidirectional_spans needs (start, stop) for each; got {spans[:4]}")
-    blocks = tuple(
-        (whole_number("the start of a span", start), whole_number("the stop of a span", stop))
-        for start, stop in spans
-    )
+    blocks = tuple(map(_span, _listed("spans", spans)))
     edges = [edge for block in blocks for edge in block]
     if sorted(edges) != edges or min(edges, default=0) < 0:
         raise ValueError(
@@ -162,6 +158,20 @@ def tiles(mask: Mask, q_shard: Shard, kv_shard: Shard) -> list[Tile]:
     """
     last = max((span[-1] for span in (*q_shard, *kv_shard)), default=-1)
     return list(mask.regions(max(last + 1, mask.min_len)).tiles(q_shard, kv_shard))
+
+
+def _listed(name: str, values: Iterable[object]) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a sequence; got {values!r}") from None
+
+
+def _span(span: Iterable[object]) -> tuple[int, int]:
+    edges = _listed("each of spans", span)
+    if len(edges) != 2:
+        raise ValueError(f"each of spans must be (start, stop); got {edges}")
+    return whole_number("the start of a span", edges[0]), whole_number("its stop", edges[1])
 
 
 def _inner(mask: Mask | None) -> Mask:

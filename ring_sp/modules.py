@@ -196,7 +196,7 @@ class RingTransformer(nn.Module):
         return place.unshard(out) if labels is None and sequence is None else out
 
     def _local(self, tokens: Tensor, labels: Tensor | None, sequence: ShardedSequence) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.embedding(tokens.long())
         turn = rotation(sequence, x, self.config.head_size, self.config.rotary_base)
         for block in self.blocks:
             x = block(x, sequence, turn)
@@ -235,13 +235,18 @@ class _Sequences:
     def __init__(self, topology: Topology, mask: Mask | None, layout: str) -> None:
         self.topology, self.layout = topology, layout
         self.mask = masks.causal() if mask is None else mask
-        ShardedSequence(topology.size, topology, layout=layout)  # refuses what is not known
+        size = topology.size if isinstance(topology, Topology) else 1
+        ShardedSequence(size, topology, layout=layout)  # refuses what is not known
+        if not isinstance(self.mask, Mask):
+            raise ValueError(f"mask must be a mask, such as masks.causal(); got {mask!r}")
         self._kept: dict[tuple[int, Mask], ShardedSequence] = {}
 
     def part(self, x: Tensor, sequence: ShardedSequence | None, mask: Mask | None) -> Part:
         """This rank's part of x [B, tokens, ...], which is whole unless its `sequence` is given.
         Raises ValueError for a sequence that does not fit.
         """
+        if sequence is not None and not isinstance(sequence, ShardedSequence):
+            raise ValueError(f"sequence must be a ShardedSequence; got {type(sequence)}")
         if sequence is None:
             sequence = self._of(x.shape[1], self.mask if mask is None else mask)
             return sequence.shard(x), sequence

@@ -205,10 +205,10 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sinks, number, kv_number, peers, *options, _ = inputs
+    q, k, v, sinks, number, kv_number, peers, *options, trained = inputs
     out, lse, kv, *traded = output
     ctx.save_for_backward(*([q, kv, out, lse] if peers == 1 else [traded[0], kv, *traded[1:]]))
-    lse_gradient = Options(*options).return_lse or sinks is not None
+    lse_gradient = trained and (Options(*options).return_lse or sinks is not None)
     ctx.asked = number, kv_number, peers, k.shape[2], lse_gradient, *options
     ctx.shapes = k.shape, v.shape
     if not torch.compiler.is_compiling():

@@ -1,12 +1,14 @@
 """One pass round the ring with a kernel: attention forward, and its gradients backward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ring_sp.kernels import Kernel, Step
 from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_state
+from ring_sp.kernels.delta import delta
 from ring_sp.ring import Message, ring_pass
 from ring_sp.sequence import Plan
 
@@ -61,6 +63,75 @@ class Wire:
         return k.view(shape), v.view(shape)
 
 
+@dataclass(frozen=True)
+class QueryWire:
+    """What a backward must know of queries as one message of bytes: lse and delta [B, H, S], then q
+    [B, S, H, D] and dout [B, S, H, Dv], each dense from a multiple of 16 bytes on.
+    """
+
+    batch: int
+    heads: int
+    head_dim: int
+    v_head_dim: int
+
+    @classmethod
+    def of(cls, q: Tensor, wire: Wire) -> "QueryWire":
+        return cls(q.shape[0], q.shape[2], q.shape[3], wire.v_head_dim)
+
+    def dq_numel(self, q_len: int) -> int:
+        return self.batch * q_len * self.heads * self.head_dim
+
+    def numel(self, q_len: int, itemsize: int) -> int:
+        """Bytes of a message."""
+        return sum(self._sizes(q_len, itemsize))
+
+    def join(self, q: Tensor, rows: Rows) -> Tensor:
+        message = torch.empty(
+            self.numel(q.shape[1], q.dtype.itemsize), dtype=torch.uint8, device=q.device
+        )
+        into, their = self.split(message, q.shape[1], q.dtype)
+        into.copy_(q)
+        their.dout.copy_(rows.dout)
+        their.lse.copy_(rows.lse)
+        delta(their).copy_(delta(rows))
+        return message
+
+    def split(self, message: Tensor, q_len: int, dtype: torch.dtype) -> tuple[Tensor, Rows]:
+        """Views of the queries in a message, and of what is known of them."""
+        parts = message.split(self._sizes(q_len, dtype.itemsize))
+        per_row, high = (self.batch, self.heads, q_len), accumulation_dtype(dtype)
+        shapes = [per_row, per_row, *((self.batch, q_len, self.heads, dim) for dim in self._dims)]
+        lse, subtracted, q, dout = (
+            part.view(kind)[: prod(shape)].view(shape)
+            for part, kind, shape in zip(parts, (high, high, dtype, dtype), shapes, strict=True)
+        )
+        return q, Rows(None, lse, dout, derived={"delta": subtracted})
+
+    @property
+    def _dims(self) -> tuple[int, int]:
+        return self.head_dim, self.v_head_dim
+
+    def _sizes(self, q_len: int, itemsize: int) -> list[int]:
+        rows = self.batch * q_len * self.heads
+        per_row = [max(itemsize, 4)] * 2 + [dim * itemsize for dim in self._dims]
+        return [-(-rows * size // 16) * 16 for size in per_row]
+
+
+def queries_travel(
+    queries: QueryWire, keys: Wire, setting: Setting, itemsize: int, sums_itemsize: int
+) -> bool:
+    """Whether the backward moves fewer bytes if queries go round instead of keys: with as many key
+    heads as query heads it does, with half as many it does not.
+    """
+    plan = setting.plan
+    by_queries = sum(
+        queries.numel(q_len, itemsize) + queries.dq_numel(q_len) * sums_itemsize
+        for q_len in plan.q_lens
+    )
+    by_keys = sum(keys.numel(kv_len) * (itemsize + sums_itemsize) for kv_len in plan.kv_lens)
+    return plan.stations > 1 and not setting.kernel.NEEDS_OUT and by_queries < by_keys
+
+
 def attend(q: Tensor, kv: Tensor, wire: Wire, setting: Setting) -> State:
     """out [B, Sq, H, Dv] in q's dtype and lse [B, H, Sq], over the keys of all stations; `kv` is
     this station's.
@@ -73,18 +144,34 @@ def attend(q: Tensor, kv: Tensor, wire: Wire, setting: Setting) -> State:
         with torch.autocast(seen.device.type, enabled=False):
             state = setting.kernel.forward(q, keys, values, setting.step(source), state)
 
-    message = Message(lambda source: wire.numel(plan.kv_len(source)), kv.dtype, kv.device)
+    message = Message(lambda source: wire.numel(plan.kv_lens[source]), kv.dtype, kv.device)
     ring_pass(kv, plan.path, visit, message)
-    out, lse = state or empty_state(q, wire.v_head_dim)
-    return out.to(q.dtype), lse
+    return state or empty_state(q, wire.v_head_dim)
 
 
 def gradients(
     q: Tensor, kv: Tensor, wire: Wire, rows: Rows, setting: Setting
 ) -> tuple[Tensor, Tensor]:
-    """dq like q, and dkv like kv: what the queries of all stations give to this station's keys."""
+    """dq like q, and dkv like kv: what the queries of all stations give to this station's keys.
+
+    Keys go round, with the sums of their gradients; or queries, if that is fewer bytes.
+    """
+    travels = sums_dtype(q.dtype, setting.plan.stations)
+    if queries_travel(QueryWire.of(q, wire), wire, setting, q.dtype.itemsize, travels.itemsize):
+        return _by_queries(q, kv, wire, rows, setting, travels)
+    return _by_keys(q, kv, wire, rows, setting, travels)
+
+
+def sums_dtype(dtype: torch.dtype, stations: int) -> torch.dtype:
+    """In which dtype the sums of gradients travel, for q of `dtype`."""
+    # Where only one other rank adds, its part is rounded but once.
+    return accumulation_dtype(dtype) if stations > 2 else dtype
+
+
+def _by_keys(
+    q: Tensor, kv: Tensor, wire: Wire, rows: Rows, setting: Setting, travels: torch.dtype
+) -> tuple[Tensor, Tensor]:
     plan, dtype = setting.plan, accumulation_dtype(q.dtype)
-    travels = sums_dtype(q.dtype, plan.stations)
     own_dtype = q.dtype if plan.stations == 1 or setting.kernel.ROUNDS else dtype
     dq: Tensor | None = None
     kept: Tensor | None = None
@@ -100,15 +187,44 @@ def gradients(
         kept = dkv if own else kept
         return dkv
 
-    message = Message(lambda source: wire.numel(plan.kv_len(source)), kv.dtype, kv.device, travels)
+    message = Message(lambda source: wire.numel(plan.kv_lens[source]), kv.dtype, kv.device, travels)
     others = ring_pass(kv, plan.path, visit, message)
     return torch.zeros_like(q) if dq is None else dq, _sum(kv, kept, others)
 
 
-def sums_dtype(dtype: torch.dtype, stations: int) -> torch.dtype:
-    """In which dtype the gradients of keys and values travel, for q of `dtype`."""
-    # Where only one other rank adds, its part is rounded but once.
-    return accumulation_dtype(dtype) if stations > 2 else dtype
+def _by_queries(
+    q: Tensor, kv: Tensor, wire: Wire, rows: Rows, setting: Setting, travels: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    plan, dtype = setting.plan.turned, accumulation_dtype(q.dtype)
+    turned = replace(setting, plan=plan)
+    queries = QueryWire.of(q, wire)
+    dkv: Tensor | None = None
+    kept: Tensor | None = None
+
+    def visit(seen: Tensor, source: int) -> Tensor:
+        nonlocal dkv, kept
+        own = source == plan.rank
+        theirs, their_rows = (q, rows) if own else queries.split(seen, plan.q_lens[source], q.dtype)
+        part = torch.empty_like(kv, dtype=dtype)
+        step = replace(turned.step(source), final=travels == q.dtype and not own)
+        with torch.autocast(seen.device.type, enabled=False):
+            dq = setting.kernel.backward(
+                theirs, wire.split(kv), their_rows, step, None, wire.split(part)
+            )
+        dkv = part if dkv is None else dkv.add_(part)
+        kept = dq if own else kept
+        return dq.to(travels).flatten()
+
+    message = Message(
+        lambda source: queries.numel(plan.q_lens[source], q.dtype.itemsize),
+        torch.uint8,
+        q.device,
+        travels,
+        lambda source: queries.dq_numel(plan.q_lens[source]),
+    )
+    others = ring_pass(queries.join(q, rows), plan.path, visit, message)
+    dq = _sum(q, kept, None if others is None else others.view(q.shape))
+    return dq, torch.zeros_like(kv) if dkv is None else dkv.to(kv.dtype)
 
 
 def _sum(like: Tensor, *parts: Tensor | None) -> Tensor:

@@ -66,20 +66,31 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Message:
-    """What goes round: elements of the 1-D tensor of each source, its dtype and device, the
-    dtype of the sums.
+    """What goes round: elements of the 1-D tensor of each source, its dtype and device; the dtype
+    of the sums, and their elements if they are not as many.
     """
 
     numel: Callable[[int], int]
     dtype: torch.dtype
     device: torch.device
     sums_dtype: torch.dtype | None = None
+    sums_numel: Callable[[int], int] | None = None
+
+    def numbered(self, source_of: Callable[[int], int]) -> "Message":
+        """The same with other numbers for the sources."""
+        sums = self.sums_numel or self.numel
+        return replace(
+            self,
+            numel=lambda number: self.numel(source_of(number)),
+            sums_numel=lambda number: sums(source_of(number)),
+        )
 
     def buffer(self, source: int) -> Tensor:
         return torch.empty(self.numel(source), dtype=self.dtype, device=self.device)
 
     def sums_buffer(self, source: int) -> Tensor:
-        return torch.empty(self.numel(source), dtype=self.sums_dtype, device=self.device)
+        numel = (self.sums_numel or self.numel)(source)
+        return torch.empty(numel, dtype=self.sums_dtype, device=self.device)
 
 
 class Path:
@@ -164,19 +175,19 @@ def ring_pass(x: Tensor | None, path: Path, visit: Visit, message: Message) -> T
     needs. A hop that no later rank needs is not made.
 
     `visit(tensor, source)` is called once for each needed source, the own one first. Where
-    `message.sums_dtype` is set, what the other ranks' visits to `x` return (1-D tensors as long as
-    `x`) is summed along the way in that dtype, in ring order, and the sum is returned; None if no
-    other rank needed `x`. What a rank's visit to its own tensor returns is not used.
+    `message.sums_dtype` is set, what the other ranks' visits to `x` return (1-D, of one length) is
+    summed along the way in that dtype, in ring order, and the sum is returned; None if no other
+    rank needed `x`. What a rank's visit to its own tensor returns is not used.
     """
     if not path.rings:
         seen = visit(x, 0) if x is not None and path.needs(0, 0) else None
         return seen if path.adds(0, 0) else None
     ring, block = path.rings[0], path.block
-    outer = replace(message, numel=lambda source: message.numel(source * block + path.place))
+    outer = message.numbered(lambda source: source * block + path.place)
 
     def show(tensor: Tensor | None, source: int) -> Tensor | None:
         base = source * block
-        inner = replace(message, numel=lambda peer: message.numel(base + peer))
+        inner = message.numbered(lambda peer: base + peer)
         return ring_pass(
             tensor, path.inner(source), lambda seen, peer: visit(seen, base + peer), inner
         )

@@ -46,7 +46,7 @@ class ShardedSequence:
         self.topology = Topology() if topology is None else topology
         if not isinstance(self.topology, Topology):
             raise ValueError(
-                f"topology must be a Topology, such as manager.topology; got {topology!r}"
+                f"topology must be a Topology, such as manager.topology; got {type(topology)}"
             )
         self.mask = masks.causal() if mask is None else mask
         if not isinstance(self.mask, Mask):
@@ -71,7 +71,7 @@ class ShardedSequence:
         _NUMBERED[self.number] = self
         self._plans: WeakKeyDictionary[ShardedSequence, Plan] = WeakKeyDictionary()
         self.served: dict[Hashable, Any] = {}
-        """The calls that are known to fit, and what serves them."""
+        """The calls that are known to fit, and what serves them; see fit.py."""
 
     @cached_property
     def lens(self) -> tuple[int, ...]:
@@ -108,12 +108,13 @@ class ShardedSequence:
         All ranks must go on with the same computation: each takes its own part of the gradient.
         Raises ValueError for a part of another length, or parts that are not alike, on every rank.
         """
-        if (x.shape, x.dtype, x.device, dim) not in self.served:
-            error = refusal(lambda: self._check_len(x, dim, self.local_len, "this rank's part"))
-            shape = [size for axis, size in enumerate(x.shape) if axis != dim % max(x.dim(), 1)]
-            terms = f"parts {x.dtype} {shape} along {dim} on {x.device.type} of {self.place}"
-            agree(self.topology, self.place, terms, error, x.device.type)
-            self.served[x.shape, x.dtype, x.device, dim] = None
+        error = refusal(lambda: self._check_len(x, dim, self.local_len, "this rank's part"))
+        parts, terms, device_type = f"parts along {dim} of {self.place}", "", "cpu"
+        if error is None:
+            shape = [size for axis, size in enumerate(x.shape) if axis != dim % x.dim()]
+            device_type = x.device.type
+            terms = f"{parts}, {x.dtype} {shape} on {device_type}"
+        agree(self.topology, parts, terms, error, device_type)
         return _Unshard.apply(x, self, dim)
 
     def plan(self, kv_sequence: "ShardedSequence | None" = None) -> "Plan":
@@ -138,7 +139,10 @@ class ShardedSequence:
         return f"{self.seq_len} tokens, {self.layout} over {self.topology.size} ranks, {self.mask}"
 
     def _check_len(self, x: Tensor, dim: int, length: int, what: str) -> None:
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] != length:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{what} must be a tensor; got {type(x)}")
+        axis = whole_number("dim", dim)
+        if not -x.dim() <= axis < x.dim() or x.shape[axis] != length:
             raise ValueError(
                 f"{what} has {length} tokens along dimension {dim}; "
                 f"got shape {tuple(x.shape)} ({self})"
@@ -158,7 +162,11 @@ def numbered(number: int) -> ShardedSequence:
 
 
 class Plan:
-    """The tiles in which the queries of each station of a ring meet the keys of each other."""
+    """The tiles in which the queries of each station of a ring meet the keys of each other.
+
+    The keys go round and each rank visits those that its queries see; in a `turned` plan the
+    queries go round, and each rank visits those that see its keys.
+    """
 
     def __init__(
         self,
@@ -166,28 +174,33 @@ class Plan:
         kv_shards: tuple[Shard, ...],
         regions: Regions,
         rings: tuple[Axis, ...],
+        turned: bool = False,
     ) -> None:
+        self._facts = q_shards, kv_shards, regions, rings
         self._order = visiting_order(rings)
         self.rank = self._order[0]
-        """This station's number: its own keys are the first that it visits."""
+        """This station's number: what is its own is the first that it visits."""
         self.stations = len(kv_shards)
-        self._kv_shards = kv_shards
+        self.q_lens = tuple(map(shard_len, q_shards))
+        """Queries of each station, in tokens."""
+        self.kv_lens = tuple(map(shard_len, kv_shards))
 
         def meet(rank: int, source: int) -> Iterator[Tile]:
-            """What the queries of a rank see of the keys of a source."""
-            return regions.tiles(q_shards[rank], kv_shards[source])
+            """Where what is a rank's own and what comes from a source see each other."""
+            queries, keys = (source, rank) if turned else (rank, source)
+            return regions.tiles(q_shards[queries], kv_shards[keys])
 
         @cache
         def needs(rank: int, source: int) -> bool:
-            """Whether the queries of a rank see any key of a source."""
+            """Whether what is a rank's own and what comes from a source see each other."""
             return next(meet(rank, source), None) is not None
 
         self.meet, self.needs = meet, needs
         self.path = Path(rings, needs)
-        """The way of the keys to those who need them."""
+        """The way of what goes round to those who need it."""
         self.num_regions = sum(1 for _ in regions)
         """Regions of the mask."""
-        q_len = sum(map(shard_len, q_shards))
+        q_len = sum(self.q_lens)
         self.windowed = any(
             region.left < min(region.q_stop, q_len) - 1 - region.k_start for region in regions
         )
@@ -202,14 +215,15 @@ class Plan:
         return next((s for s in reversed(self._order) if self.needs(self.rank, s)), None)
 
     def tiles(self, source: int) -> tuple[Tile, ...]:
-        """What this rank's queries see of the keys of `source`."""
+        """Where what is this rank's own and what comes from `source` see each other."""
         if source not in self._tiles:
             self._tiles[source] = tuple(self.meet(self.rank, source))
         return self._tiles[source]
 
-    def kv_len(self, source: int) -> int:
-        """Keys of `source`, in tokens."""
-        return shard_len(self._kv_shards[source])
+    @cached_property
+    def turned(self) -> "Plan":
+        """The plan in which the queries go round."""
+        return Plan(*self._facts, turned=True)
 
 
 class _Shard(torch.autograd.Function):

@@ -1,14 +1,16 @@
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import World
 from ranks import groups, raised, sequence
 from torch import Tensor
 
-from ring_sp import ShardedSequence, agreement, masks, ring_attention
+from ring_sp import ProcessGroupManager, ShardedSequence, agreement, masks, ring_attention
 from ring_sp.topology import Topology
 
 
@@ -66,6 +68,9 @@ def bad_calls() -> dict[str, str]:
         "softcap": same(x, softcap=0),
         "scale": same(x, scale=float("nan")),
         "dropout": same(x, dropout_p=0.1),
+        "no dropout_p": same(x, dropout_p=None),
+        "kernel list": same(x, kernel=["reference"]),
+        "no part": raised(even.unshard, None),
         "rank 1 dropout": same(x, dropout_p=0.1 * other),
         "rank 1 lse": same(x, return_lse=other),
         "rank 1 sinks": same(x, sinks=torch.zeros(4) if other else None),
@@ -112,6 +117,9 @@ def bad_calls() -> dict[str, str]:
         "softcap": "above 0; got 0",
         "scale": "finite number; got nan",
         "dropout": "dropout_p=0.1",
+        "no dropout_p": "dropout_p=None",
+        "kernel list": "kernel must be one of",
+        "no part": "must be a tensor; got.*NoneType",
         "rank 1 dropout": "dropout_p=0.1",
         "rank 1 lse": "same call.*return_lse=True",
         "rank 1 sinks": "same call.*sinks NoneType",
@@ -140,6 +148,39 @@ def refusals(world: Callable[[int], World]) -> list[dict[str, str]]:
     if not _answers:
         _answers.extend(world(2).run(bad_calls))
     return _answers
+
+
+def mistakes_after_a_good_call() -> list[str]:
+    """What both ranks are told when rank 1 gets the first call of another kind wrong."""
+    sequence, x = ShardedSequence(22, groups(ring=2).topology), torch.zeros(1, 11, 4, 8)
+    ring_attention(x, x, x, sequence)
+    wrong = x[:, : 11 - dist.get_rank()]
+    with_lse = raised(ring_attention, wrong, x, x, sequence, return_lse=True)
+    return [with_lse, raised(sequence.unshard, wrong), raised(sequence.unshard, wrong, 2)]
+
+
+def test_the_first_call_of_another_kind_is_refused_on_every_rank(
+    world: Callable[[int], World],
+) -> None:
+    for with_lse, part, other in world(2).run(mistakes_after_a_good_call):
+        assert "11 tokens" in with_lse and "11 tokens" in part and "11 tokens" in other
+
+
+def calls_beyond_what_is_remembered() -> float:
+    """Rank 1 makes its sequence again when the agreement on it is long forgotten."""
+    topology, x = ProcessGroupManager.build(ring=2).topology, torch.ones(1, 16, 2, 8)
+    kept = ShardedSequence(32, topology)
+    ring_attention(x, x, x, kept)
+    with mock.patch.object(agreement, "KEPT_AGREEMENTS", 6):
+        for cut in range(1, 12):
+            mask = masks.documents([0, cut, 32])
+            ring_attention(x, x, x, ShardedSequence(32, topology, mask))
+        again = ShardedSequence(32, topology) if dist.get_rank() else kept
+        return float(ring_attention(x, x, x, again).mean())
+
+
+def test_forgotten_agreements_are_made_again_by_all_ranks(world: Callable[[int], World]) -> None:
+    assert world(2).run(calls_beyond_what_is_remembered) == [1.0, 1.0]
 
 
 def later_calls() -> list[str]:

@@ -281,7 +281,7 @@ def test_a_kernel_is_told_what_it_must_know_to_refuse(monkeypatch: pytest.Monkey
         return select(name, call)
 
     monkeypatch.setattr("ring_sp.fit.select", choose)
-    q, k = torch.randn(1, 24, 4, 8), torch.randn(1, 24, 2, 8)
+    q, k = torch.randn(1, 24, 4, 8, requires_grad=True), torch.randn(1, 24, 2, 8)
     v, sinks = torch.randn(1, 24, 2, 16), torch.zeros(4)
     plain = ShardedSequence(24, mask=masks.full())
     packed = ShardedSequence(24, mask=masks.documents([0, 9, 24], masks.sliding_window(2)))

@@ -108,10 +108,10 @@ def test_each_rank_sends_what_explain_says_without_processes(
             load = told.loads[rank // sizes.get("tensor", 1)]
             says = load.hops, load.forward_kv, 0, load.forward_heads
             assert tuple(forward.values()) == says, (case, rank)
-            says = load.hops, load.backward_kv, load.backward_sums, load.backward_heads
+            says = load.backward_hops, load.backward_data, load.backward_sums, load.backward_heads
             assert tuple(backward.values()) == says, (case, rank)
             assert load.forward_bytes == sum(forward.values()) - load.hops
-            assert load.backward_bytes == sum(backward.values()) - load.hops
+            assert load.backward_bytes == sum(backward.values()) - load.backward_hops
         loads = [asdict(load) for load in told.loads]
         assert asdict(told.total) == {name: sum(load[name] for load in loads) for name in loads[0]}
 
@@ -157,7 +157,8 @@ def test_it_names_exchange_sizes_layout_and_heads(
     sizes: Sizes, exchange: str, heads: tuple[int, int, int]
 ) -> None:
     told = foretold(Case(layout="striped", heads=(4, 1)), False, station(sizes, 0))
-    assert (told.exchange, told.layout, told.backward_travels) == (exchange, "striped", "kv")
+    assert (told.exchange, told.layout) == (exchange, "striped")
+    assert told.backward_travels == ("queries" if heads[0] == heads[1] else "keys")
     assert told.sizes == {"outer": 1, "ring": 1, "ulysses": 1} | sizes
     assert (told.heads, told.kv_heads, told.kv_copies) == heads
 
@@ -202,7 +203,7 @@ def test_kernels_are_asked_the_same_by_explain_and_by_the_call(
     changes += [{}, {"return_lse": True}, {"kernel": "reference"}]
     for options in changes:
         seq = ShardedSequence(24, mask=mask)
-        explain(x, x, x, seq, **options)
+        explain(x, x, x, seq, trained=False, **options)
         told, asked[:] = set(asked), []
         ring_attention(x, x, x, seq, **options)
         assert told == set(asked), options
@@ -214,7 +215,7 @@ def test_options_are_those_of_the_call() -> None:
     for name, value in Options()._asdict().items():
         assert call[name].default == value
     named = {*Options._fields, *inspect.signature(explain).parameters}
-    assert named == {*call, "device_type", "options"}
+    assert named == {*call, "device_type", "trained", "options"}
     x = torch.empty(1, 8, 2, 4)
     with pytest.raises(TypeError, match="sofcap"):
         explain(x, x, x, ShardedSequence(8), sofcap=1.0)
@@ -252,7 +253,7 @@ def test_meta_tensors_need_a_device_type() -> None:
 def test_a_mask_that_hides_everything_leaves_nothing_to_do() -> None:
     x = torch.empty(1, 2, 2, 4)
     told = explain(x, x, x, ShardedSequence(8, station({"ring": 4}, 0), masks.documents([0])))
-    assert replace(told.total, tokens=0, kv_tokens=0) == type(told.total)(*[0] * 10)
+    assert replace(told.total, tokens=0, kv_tokens=0) == type(told.total)(*[0] * 11)
     assert told.shares == (1.0,) * 4 and told.balance == 1.0
 
 
@@ -262,15 +263,20 @@ kernel    reference
           cudnn cannot: too small
           triton cannot: too small
           flash could, and was not chosen
-exchange  ring (outer 1, ring 4, ulysses 1); kv travels in backward
+exchange  ring (outer 1, ring 4, ulysses 1); keys travel in backward
 layout    contiguous; balance 0.938
 heads     4 a rank, 2 of keys, each sent 1 x
 
- rank  share  tokens  kv tokens     pairs  tiles  hops  forward kv  backward kv  backward sums
-    0  0.750    4096       4096   6294528      1     1     4.0 MiB      4.0 MiB            0 B
-  1-2  1.000    4096       4096   8392704      2     1     4.0 MiB      4.0 MiB        8.0 MiB
-    3  1.000    4096       4096   8392704      2     0         0 B          0 B        8.0 MiB
-total          16384      16384  31472640      7     3    12.0 MiB     12.0 MiB       24.0 MiB
+ rank  share  tokens  kv tokens     pairs  tiles  hops  backward hops  forward kv  backwar\
+d data  backward sums
+    0  0.750    4096       4096   6294528      1     1              1     4.0 MiB        4\
+.0 MiB            0 B
+  1-2  1.000    4096       4096   8392704      2     1              1     4.0 MiB        4\
+.0 MiB        8.0 MiB
+    3  1.000    4096       4096   8392704      2     0              0         0 B         \
+   0 B        8.0 MiB
+total          16384      16384  31472640      7     3              3    12.0 MiB       12\
+.0 MiB       24.0 MiB
 """
 
 

@@ -18,6 +18,7 @@ LAYERS = [
     "sequence",
     "kernels.contract",
     "kernels.merge",
+    "kernels.triton_found",
     "kernels.tile_table",
     "kernels.triton_blocks",
     "kernels.triton_forward",

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -77,6 +78,21 @@ def test_nothing_to_count_is_zero_and_not_nan() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert losses.grad is not None and losses.grad.tolist() == [0.0, 0.0]
+
+
+def test_bad_input_is_refused() -> None:
+    ones, seen = torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    for losses, counted in ((ones, seen[0]), (ones, seen.long())):
+        with pytest.raises(ValueError, match="must have one shape, counted bool"):
+            token_mean(losses, counted)
+    tokens, untyped = torch.ones(2, 4, dtype=torch.int64), cast(Any, shift_labels)
+    for message, given in (
+        ("tokens must be", (tokens[0], None)),
+        ("whole number", (tokens, [0, 1.5])),
+        ("cu_seqlens", (tokens, [])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            untyped(*given)
 
 
 def test_half_precision_losses_are_summed_in_float32() -> None:

@@ -2,6 +2,7 @@ import pickle
 import time
 from itertools import accumulate, pairwise
 from random import Random
+from typing import Any
 
 import pytest
 from visibility import Sees, cases
@@ -10,6 +11,8 @@ from ring_sp import layout, masks
 from ring_sp.masks import Mask, Tile
 
 NAMES = list(cases(24))
+
+untyped: Any = masks
 
 
 def pairs(tile: Tile) -> list[tuple[int, int]]:
@@ -107,6 +110,11 @@ def test_ten_thousand_documents_over_eight_ranks_take_less_than_a_second(layout_
     assert len(found) >= 1_000
 
 
+def test_spans_may_come_from_an_iterator() -> None:
+    listed = masks.bidirectional_spans([(2, 5), (8, 9)])
+    assert masks.bidirectional_spans(zip([2, 8], [5, 9], strict=True)) == listed
+
+
 def test_masks_are_equal_by_name_and_arguments_and_survive_pickling() -> None:
     for mask, _ in cases(30).values():
         again = pickle.loads(pickle.dumps(mask))
@@ -126,6 +134,13 @@ def test_masks_are_equal_by_name_and_arguments_and_survive_pickling() -> None:
     [
         (lambda: masks.sliding_window(-1), r"got \(-1, 0\)"),
         (lambda: masks.chunked(0), "got 0"),
+        (lambda: untyped.chunked(2.5), "whole number; got 2.5"),
+        (lambda: untyped.sliding_window(2.5), "whole number; got 2.5"),
+        (lambda: untyped.documents([0, 2.5]), "whole number; got 2.5"),
+        (lambda: untyped.documents(5), "must be a sequence; got 5"),
+        (lambda: untyped.documents([0, 5], "causal"), "inner must be a mask.*'causal'"),
+        (lambda: untyped.bidirectional_spans([(1, 2, 3)]), r"must be \(start, stop\)"),
+        (lambda: untyped.bidirectional_spans([2, 5]), "must be a sequence; got 2"),
         (lambda: masks.prefix_lm(-2), "got -2"),
         (lambda: masks.documents([1, 4]), r"got \(1, 4\)"),
         (lambda: masks.documents([0, 4, 3]), "never fall"),

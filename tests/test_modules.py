@@ -21,7 +21,6 @@ from ring_sp import AttentionConfig, RingAttention, RingTransformer, ShardedSequ
 from ring_sp.layout import LAYOUTS
 from ring_sp.loss import IGNORE, shift_labels
 from ring_sp.ring import Axis
-from ring_sp.rotary import rotation
 from ring_sp.topology import Topology
 
 CONFIG = AttentionConfig(12, 4, num_kv_heads=2, head_dim=6, bias=True, scale=0.5, softcap=4.0)
@@ -268,15 +267,6 @@ def test_a_module_remembers_few_sequences() -> None:
     assert len(sequences._kept) < 10 and again is found[15] and again.layout == "striped"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rotary_turns_by_the_global_position_in_high_precision(layout: str) -> None:
-    seq = ShardedSequence(1 << 18, Topology(ring=Axis(2, 4), ulysses=Axis(1, 2)), layout=layout)
-    got = rotation(seq, torch.zeros(1, dtype=torch.bfloat16), 6, 500000.0)
-    assert got is not None and got[0].dtype == torch.float32
-    wanted = torch.cos(seq.positions()[:, None] * 500000.0 ** -(torch.arange(3).double() / 3))
-    assert (got[0][:, 0] - wanted).abs().max() < 1e-6
-
-
 def test_bad_input_is_refused_without_a_word_to_other_ranks() -> None:
     four, peers = Topology(ring=Axis(0, 4)), Topology(ulysses=Axis(0, 2))
     attend, model = RingAttention(CONFIG, four), RingTransformer(9, 1, CONFIG, topology=four)
@@ -296,5 +286,9 @@ def test_bad_input_is_refused_without_a_word_to_other_ranks() -> None:
         r"even head_dim": raised(AttentionConfig, 12, 4),
         r"kernel.*'fast'": raised(RingAttention(replace(CONFIG, kernel="fast")), whole),
         r"2 divides; got 3": raised(RingAttention, AttentionConfig(6, 3), peers),
+        r"topology must be a Topology.*int": raised(RingAttention, CONFIG, 7),
+        r"mask must be a mask.*'causal'": raised(RingAttention, CONFIG, None, "causal"),
+        r"layout must be one of.*'spiral'": raised(RingAttention, CONFIG, layout="spiral"),
+        r"must be a ShardedSequence.*int": raised(model, tokens, sequence=6),
     }.items():
         assert re.search(message, answer), (message, answer)

@@ -1,13 +1,18 @@
 """What a pass round the ring does to rounding, with all its stations played by one process."""
 
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import World
 from oracle import attention
+from ranks import sequence
 from torch import Tensor
 
-from ring_sp import ShardedSequence, masks, passes
+from ring_sp import ShardedSequence, masks, passes, ring_attention
 from ring_sp.kernels import KERNELS, Call
 from ring_sp.kernels.contract import Rows
 from ring_sp.passes import Setting, Wire
@@ -88,8 +93,8 @@ class Stations:
 
     def joined(self, shards: list[Tensor]) -> Tensor:
         whole = shards[0].new_empty(1, self.sequences[0].seq_len, *shards[0].shape[2:])
-        for sequence, shard in zip(self.sequences, shards, strict=True):
-            whole[:, sequence.positions(shard.device)] = shard
+        for place, shard in zip(self.sequences, shards, strict=True):
+            whole[:, place.positions(shard.device)] = shard
         return whole
 
 
@@ -120,3 +125,42 @@ def test_rounding_hardly_grows_with_the_ring(name: str, device: str) -> None:
         ring = errors(Stations(size, seq_len, name, device).results(), true)
         for mine, own, result in zip(ring, alone, ("out", "dq", "dk", "dv"), strict=True):
             assert mine < LIMIT * own, (size, result, mine / own)
+
+
+def bytes_of_a_backward(
+    heads: tuple[int, int], by_queries: bool | None
+) -> tuple[int, list[Tensor]]:
+    """Bytes that this rank sends in a backward, in the direction that is asked for (None: the one
+    that is chosen), and the gradients.
+    """
+    seq = sequence({"ring": 3}, 37)
+    make = torch.Generator().manual_seed(dist.get_rank())
+    q, k, v = (
+        torch.randn(2, seq.local_len, *shape, generator=make, dtype=torch.float64).requires_grad_()
+        for shape in ((heads[0], 8), (heads[1], 8), (heads[1], 5))
+    )
+    out = ring_attention(q, k, v, seq)
+    dout = torch.randn(*out.shape, generator=make, dtype=torch.float64)
+    forced: dict[str, Any] = {} if by_queries is None else {"side_effect": lambda *_: by_queries}
+    with (
+        mock.patch.object(passes, "queries_travel", wraps=passes.queries_travel, **forced),
+        mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batches,
+    ):
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+    ops = [op for call in batches.call_args_list for op in call.args[0] if op.op is dist.isend]
+    return sum(op.tensor.numel() * op.tensor.element_size() for op in ops), list(grads)
+
+
+@pytest.mark.parametrize(("heads", "turned"), [((4, 4), True), ((4, 2), False), ((4, 1), False)])
+def test_the_backward_moves_whichever_side_is_fewer_bytes(
+    world: Callable[[int], World], heads: tuple[int, int], turned: bool
+) -> None:
+    chosen, keys, queries = (
+        world(3).run(bytes_of_a_backward, heads, way) for way in (None, False, True)
+    )
+    sent = [sum(found for found, _ in ranks) for ranks in (chosen, keys, queries)]
+    assert sent[0] == min(sent) and (sent[2] < sent[1]) == turned
+    for (_, mine), (_, one), (_, other) in zip(chosen, keys, queries, strict=True):
+        for found, a, b in zip(mine, one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert torch.equal(found, b if turned else a)

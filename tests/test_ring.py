@@ -85,13 +85,18 @@ def numel(source: int) -> int:
     return 3 + 2 * source
 
 
+def sums_numel(source: int) -> int:
+    """A sum need not be as long as what it is about."""
+    return numel(source) + 1
+
+
 def content(source: int) -> Tensor:
     return torch.randn(numel(source), generator=torch.Generator().manual_seed(source))
 
 
 def part(rank: int, seen: Tensor) -> Tensor:
     """What a rank adds to the sum of a tensor."""
-    return seen.double() * (rank + 2) ** 0.5
+    return torch.cat([seen.double(), torch.ones(1)]) * (rank + 2) ** 0.5
 
 
 def passes(shape: Shape, asked: list[Table], sums: bool) -> list[Pass]:
@@ -124,13 +129,11 @@ def one_pass(rank: int, rings: tuple[Axis, ...], table: Table, sums: bool) -> Pa
     def needs(reader: int, source: int) -> bool:
         return table[reader][source]
 
-    message = Message(numel, torch.float32, torch.device("cpu"), torch.float64 if sums else None)
-    path = Path(rings, needs)
+    sums_dtype = torch.float64 if sums else None
+    message = Message(numel, torch.float32, torch.device("cpu"), sums_dtype, sums_numel)
     with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batches:
-        total = ring_pass(content(rank), path, visit, message)
+        total = ring_pass(content(rank), Path(rings, needs), visit, message)
     assert total is None or total.dtype == torch.float64
-    sent = [(tag, elements) for kind, _, tag, elements in notes() if kind == "isend"]
-    assert sent == [(tag, numel(at)) for tag, at in path.sent() if sums or tag == DATA], table
     return Pass(seen, intact, None if total is None else total.tolist(), notes(), ahead)
 
 
@@ -250,8 +253,11 @@ def test_no_tensor_goes_beyond_its_last_reader_and_no_sum_starts_before_its_firs
         wanted: Counter[tuple[int, int]] = Counter()
         for source, start in enumerate(stations):
             readers = {place for rank, place in enumerate(stations) if table[rank][source]}
-            for tag, places in ((DATA, readers), (SUMS, readers - {start})):
-                wanted[tag, numel(source)] = journey(places, shape, start, tag)[tag]
+            for tag, places, length in (
+                (DATA, readers, numel(source)),
+                (SUMS, readers - {start}, sums_numel(source)),
+            ):
+                wanted[tag, length] = journey(places, shape, start, tag)[tag]
         assert messages(passed(shape, True)[name]) == +wanted, name
 
 

@@ -172,7 +172,7 @@ def test_every_rank_agrees_on_who_needs_whom_and_that_is_who_has_tiles(
             )
             assert {plan.needs(rank, source) for plan in plans} == {wanted}
             assert bool(plans[rank].tiles(source)) == wanted
-            assert plans[rank].kv_len(source) == keys.lens[source]
+            assert plans[rank].kv_lens[source] == keys.lens[source]
 
 
 def test_plans_and_tiles_are_worked_out_once() -> None:

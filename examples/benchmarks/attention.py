@@ -162,9 +162,8 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
 
 
 def table(rows: list[Result]) -> str:
-    lines = [
-        f"{'case':20} {'what':26} {'ms':>9} {'TFLOP/s':>8} {'of ideal':>8} {'peak GB':>8} {'by hand':>8}"
-    ]
+    columns = ("ms", 9), ("TFLOP/s", 8), ("of ideal", 8), ("peak GB", 8), ("by hand", 8)
+    lines = [f"{'case':20} {'what':26} " + " ".join(f"{name:>{width}}" for name, width in columns)]
     for row in rows:
         for name, x in row["results"].items():
             if "refused" in x:

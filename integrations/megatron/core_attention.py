@@ -93,7 +93,7 @@ class RingCoreAttention(MegatronModule):
     ) -> ShardedSequence:
         ring = self.ring
         if isinstance(params, RingSequenceParams) and params.sequence is not None:
-            if params.sequence.topology != ring.topology:
+            if getattr(params.sequence, "topology", None) != ring.topology:
                 raise ValueError(
                     "the sequence in RingSequenceParams lives on another topology than this "
                     "layer's ring: make it with ShardedSequence(seq_len, ring.topology, ...)"

@@ -21,7 +21,7 @@ def choose(name: str, call: Call) -> tuple[str | None, dict[str, str]]:
 
     Raises ValueError for an unknown name.
     """
-    if name != "auto" and name not in KERNELS:
+    if name != "auto" and (not isinstance(name, str) or name not in KERNELS):
         raise ValueError(f"kernel must be one of auto, {', '.join(KERNELS)}; got {name!r}")
     refused: dict[str, str] = {}
     for candidate in KERNELS if name == "auto" else [name]:

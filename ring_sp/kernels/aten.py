@@ -83,6 +83,7 @@ def backward(
 ) -> Tensor:
     """See `contract.Kernel`."""
     q, k, v = qkv
+    assert rows.out is not None, "its modules say NEEDS_OUT"
     tiles = _tiles(step)
     whole = len(tiles) == 1 and (tiles[0].k_start, tiles[0].k_stop) == (0, k.shape[1])
     sums = None if whole else zero_sums(dkv)

@@ -64,10 +64,11 @@ class Step:
 class Rows:
     """What the backward of every step knows of the queries: out [B, Sq, H, Dv] over all keys of the
     sequence and its gradient dout, in q's dtype; lse [B, H, Sq] over all keys, in the accumulation
-    dtype, and its gradient dlse, None where there is none. `derived` outlives a step, not a pass.
+    dtype, and its gradient dlse, None where there is none. `derived` outlives a step, not a pass;
+    where queries come from another rank it has their delta, and out is None.
     """
 
-    out: Tensor
+    out: Tensor | None
     lse: Tensor
     dout: Tensor
     dlse: Tensor | None = None
@@ -82,6 +83,8 @@ class Kernel(Protocol):
     __name__: str
     ROUNDS: bool
     """Whether it rounds dk and dv to q's dtype by itself, so that wider buffers gain nothing."""
+    NEEDS_OUT: bool
+    """Whether its backward cannot do with delta instead of out."""
 
     def refusal(self, call: Call) -> str | None:
         """Why this kernel cannot serve a call; None if it can."""

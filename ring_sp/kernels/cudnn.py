@@ -7,6 +7,7 @@ from ring_sp.kernels import aten
 from ring_sp.kernels.contract import Call, Rows, State, Step
 
 ROUNDS = True
+NEEDS_OUT = True
 
 
 def refusal(call: Call) -> str | None:

@@ -1,7 +1,7 @@
 """flash-attn-4 on Hopper and Blackwell: one call for a tile, one for a wave of packed documents.
 
 The library computes delta from out and dout, which are those over all keys. Where lse has a
-gradient it gets an out of zeros and dlse = -delta instead, so that it works with our delta.
+gradient, or the queries come without out, it gets an out of zeros and dlse = -delta instead.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from ring_sp.kernels.fold import fold, fold_gradient, settle, zero_sums
 from ring_sp.regions import Tile
 
 ROUNDS = True
+NEEDS_OUT = False
 
 
 def refusal(call: Call) -> str | None:
@@ -189,7 +190,7 @@ def _gradients(
     q, k, v = qkv
     rows, cols, packed = part.rows, part.cols, part.packed
     grads, lse = rows.take(seen.dout, packed), rows.take_rows(seen.lse, packed)
-    if seen.dlse is None:
+    if seen.dlse is None and seen.out is not None:
         out, dlse = rows.take(seen.out, packed), None
     else:
         out = part.zeros[: grads.shape[-1]].expand_as(grads)

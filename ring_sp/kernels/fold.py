@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ring_sp.kernels.contract import State, accumulation_dtype
 from ring_sp.kernels.merge import merge
+from ring_sp.kernels.triton_found import missing
 
 
 def fold(state: State | None, part: State, rows: slice, num_rows: int, dtype: torch.dtype) -> State:
@@ -16,7 +17,7 @@ def fold(state: State | None, part: State, rows: slice, num_rows: int, dtype: to
     every = (rows.start, rows.stop) == (0, num_rows)
     if state is None and every:
         return part
-    if out.is_cuda:
+    if out.is_cuda and not missing():
         from ring_sp.kernels import triton_merge
 
         return triton_merge.fold(state, part, rows, num_rows, dtype)

@@ -16,6 +16,7 @@ hides.
 """
 
 ROUNDS = False
+NEEDS_OUT = False
 
 
 def refusal(call: Call) -> str | None:

@@ -1,7 +1,5 @@
 """Attention in Triton: on any GPU that it compiles for, in half precision or float32."""
 
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,20 +7,21 @@ from torch import Tensor
 
 from ring_sp.kernels.contract import Call, Rows, State, Step
 from ring_sp.kernels.delta import delta
+from ring_sp.kernels.triton_found import missing
 
 if TYPE_CHECKING:
     from ring_sp.kernels.triton_blocks import Shape
 
 MAX_HEAD_DIM = 256
-MIN_TRITON = 3, 6
 
 ROUNDS = False
+NEEDS_OUT = False
 
 
 def refusal(call: Call) -> str | None:
     """Serves GPUs, and the CPU where Triton interprets."""
-    if (missing := _missing()) is not None:
-        return missing
+    if missing() is not None:
+        return missing()
     if call.device_type != "cuda" and not _interprets():
         return f"it runs on GPUs, not on {call.device_type}"
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -92,17 +91,6 @@ def _generation(x: Tensor) -> int:
     if not x.is_cuda or torch.version.cuda is None:
         return 0
     return torch.cuda.get_device_capability(x.device)[0]
-
-
-@cache
-def _missing() -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    from triton import __version__ as found
-
-    if tuple(map(int, found.split(".")[:2])) < MIN_TRITON:
-        return f"it needs triton {'.'.join(map(str, MIN_TRITON))} or later, not {found}"
-    return None
 
 
 def _interprets() -> bool:
