@@ -29,6 +29,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     dtype: torch.dtype = torch.float64
+    kernel: str = "auto"
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -91,6 +92,7 @@ def got(case: Case, seed: int, queries: ShardedSequence, keys: ShardedSequence) 
         scale=case.scale,
         softcap=case.softcap,
         sinks=parts[3] if case.sinks else None,
+        kernel=case.kernel,
         return_lse=True,
     )
     finite = lse.masked_fill(lse.isinf(), 0)
@@ -140,3 +142,15 @@ def assert_exact(
         (found[0] for found in ranks.run(errors, sizes, checked)), key=lambda entry: entry[0]
     )
     assert worst[0] < bound, worst
+
+
+def repeats(sizes: dict[str, int], case: Case) -> bool:
+    """Whether two runs give this rank the same bits, in torch's deterministic mode."""
+    mask = cases(case.seq_len)[case.mask][0]
+    place = ShardedSequence(case.seq_len, groups(**sizes).topology, mask, case.layout)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, second = (got(case, 0, place, place) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return all(map(torch.equal, first, second))

@@ -1,12 +1,16 @@
 """The laws of test_attention.py on GPUs over NCCL: `bash tests/run.sh --gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import World
-from ringed import Case, assert_exact
+from ranks import groups
+from ringed import Case, assert_exact, inputs, relative, repeats
 from visibility import cases
 
-from ring_sp import layout
+from ring_sp import ShardedSequence, layout, ring_attention
+from ring_sp.kernels import KERNELS, Call
 
 pytestmark = pytest.mark.gpu
 
@@ -40,3 +44,43 @@ def test_low_precision_is_near(gpu_world: World, dtype: torch.dtype, bound: floa
     low = [Case(mask, dtype=dtype, seq_len=96) for mask in asked]
     low += [Case(mask, dtype=dtype, seq_len=700, head_dim=64, v_head_dim=64) for mask in asked]
     assert_exact(gpu_world, {"ring": torch.cuda.device_count()}, low, bound)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_kernel_is_near_and_repeats_its_bits(gpu_world: World, name: str) -> None:
+    reason = KERNELS[name].refusal(Call("cuda", torch.bfloat16, 64, 64, lse_gradient=True))
+    if reason:
+        pytest.skip(reason)
+    sizes = {"ring": torch.cuda.device_count()}
+    shape = Case(seq_len=700, head_dim=64, v_head_dim=64, dtype=torch.bfloat16, kernel=name)
+    assert_exact(gpu_world, sizes, [shape, replace(shape, heads=(4, 4))], 3e-2)
+    assert all(gpu_world.run(repeats, sizes, shape))
+
+
+def replayed() -> float:
+    """How far a captured forward and backward, replayed on other numbers, is from an eager one."""
+    case = Case(seq_len=700, head_dim=64, v_head_dim=64, dtype=torch.bfloat16)
+    place = ShardedSequence(700, groups(ring=torch.cuda.device_count()).topology)
+    (q, k, v, _), _ = inputs(case, 0)
+    parts = [place.shard(x.detach()).requires_grad_() for x in (q, k, v)]
+
+    def step() -> list[torch.Tensor]:
+        out = ring_attention(*parts, place)  # type: ignore[call-overload]
+        return [out, *torch.autograd.grad(out.square().sum(), parts)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for part in parts:
+        part.data.mul_(0.7)
+    graph.replay()
+    return max(relative(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_a_step_can_be_captured_in_a_graph(gpu_world: World) -> None:
+    assert max(gpu_world.run(replayed)) < 1e-2

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from conftest import World
 from oracle import attention
 from ranks import sequence
+from ringed import Case, repeats
 from torch import Tensor
 
 from ring_sp import ShardedSequence, masks, passes, ring_attention
@@ -164,3 +165,8 @@ def test_the_backward_moves_whichever_side_is_fewer_bytes(
         for found, a, b in zip(mine, one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             assert torch.equal(found, b if turned else a)
+
+
+def test_two_runs_give_the_same_bits(world: Callable[[int], World]) -> None:
+    for sizes in ({"ring": 4}, {"ring": 2, "ulysses": 2}):
+        assert all(world(4).run(repeats, sizes, Case(seq_len=29, dtype=torch.float32)))
