@@ -31,7 +31,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axes.set_ylabel("share of the ideal (forward + backward)")
     axes.set_title(f"{facts['ranks']} x {facts['device']}, bf16, head dim 128", fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
