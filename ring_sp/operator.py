@@ -167,10 +167,11 @@ def attention_backward(
         dlse = _heads_first(to_heads(_rows_first(dlse), ulysses, lens))
     dout = torch.zeros_like(out) if dout is None else _dense(dout)
     plan = sequence.plan(keys)
-    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient)
     q = _dense(q)
     copies = kv_replication(q.shape[2] * peers, kv_heads, peers)
     wire = Wire(q.shape[0], kv_heads * copies // peers, q.shape[3], out.shape[3])
+    grouped = wire.kv_heads != q.shape[2]
+    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient, grouped)
     setting = _setting(sequence, keys, chosen, options, q.shape[3])
     dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
     if peers == 1:

@@ -46,6 +46,7 @@ class Problem:
             *self.dims,
             self.softcap is not None,
             self.scale,
+            grouped=self.heads[0] != self.heads[1],
             windowed=any(region.left < UNBOUNDED for region in self.regions),
             num_regions=len(self.tiles),
             lse_gradient=self.lse_gradient,

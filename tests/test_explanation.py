@@ -185,7 +185,7 @@ def test_it_names_the_kernel_that_a_call_gets_and_why_others_cannot(
     for name, chosen in (("auto", "cudnn"), ("flash", "flash"), ("triton", None)):
         told = explain(x, x, x, seq, kernel=name, softcap=1.0, device_type="cuda:1")
         assert (told.kernel, told.refusals) == (chosen, refusals)
-    wanted = Call("cuda", torch.float32, 16, 16, True, 0.25, True)
+    wanted = Call("cuda", torch.float32, 16, 16, softcap=True, scale=0.25, windowed=True)
     assert set(asked) == {wanted}
     assert "none" in str(told).splitlines()[0] and "triton cannot: too cold" in str(told)
 
