@@ -245,6 +245,16 @@ def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World
         assert answers["stock positions"] == answers["no sequence"] == ""
 
 
+def ring_over_the_tensor_ranks() -> str:
+    """What is said of a ring of the right size over the wrong ranks."""
+    start(Case(tensor=2, ring=2))
+    return raised(core, MegatronRing.from_group(parallel_state.get_tensor_model_parallel_group()))
+
+
+def test_a_ring_over_other_ranks_is_refused(world: Callable[[int], World]) -> None:
+    assert all("made for the ranks" in told for told in world(4).run(ring_over_the_tensor_ranks))
+
+
 def test_without_a_ring_the_core_takes_the_context_parallel_group(
     world: Callable[[int], World],
 ) -> None:
