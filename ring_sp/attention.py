@@ -93,9 +93,10 @@ def ring_attention(
     (the sink's logit where there is one).
 
     Raises ValueError for tensors that do not fit each other or the sequences, and
-    NotImplementedError for dropout: on every rank in the first call of its kind, later where it is
-    seen. A new kind of call must be new on all ranks: one that only some ranks make leaves the
-    others waiting until torch.distributed's timeout.
+    NotImplementedError for dropout: on every rank in the first call with these options over these
+    sequences, later where it is seen. Shapes, dtypes and options that are new must be new on all
+    ranks: a call that only some ranks change leaves the others waiting until torch.distributed's
+    timeout.
     """
     keys = sequence if kv_sequence is None else kv_sequence
     options = Options(scale, softcap, dropout_p, dropout_seed, kernel, return_lse)
