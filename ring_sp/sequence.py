@@ -54,7 +54,7 @@ class ShardedSequence:
                 f"mask must be made by a function of ring_sp.masks, such as causal(); got {mask!r}"
             )
         peers = self.topology.ulysses.size
-        if seq_len < self.topology.size:
+        if self.seq_len < self.topology.size:
             raise ValueError(
                 f"a sequence over {self.topology.size} ranks needs at least that many tokens; "
                 f"got {seq_len}. Use a longer sequence or fewer sequence-parallel ranks."
@@ -106,7 +106,8 @@ class ShardedSequence:
         """The whole tensor on every rank from the ranks' parts, local_len long along `dim`.
 
         All ranks must go on with the same computation: each takes its own part of the gradient.
-        Raises ValueError for a part of another length, or parts that are not alike, on every rank.
+        Raises ValueError for a part of another length, or parts that are not alike: on every rank
+        in the first call along a dimension, later where it is seen.
         """
         error = refusal(lambda: self._check_len(x, dim, self.local_len, "this rank's part"))
         parts, terms, device_type = f"parts along {dim} of {self.place}", "", "cpu"
