@@ -59,13 +59,13 @@ class ShardedSequence:
                 f"a sequence over {self.topology.size} ranks needs at least that many tokens; "
                 f"got {seq_len}. Use a longer sequence or fewer sequence-parallel ranks."
             )
-        self.ring_shards = layouts.shards(seq_len, self.topology.ring_size, layout)
+        self._regions = self.mask.regions(seq_len)
+        self.ring_shards = layouts.shards(seq_len, self.topology.ring_size, layout, self._work)
         """The tokens at each station of the ring: those of all Ulysses peers there."""
         self.shards = tuple(
             piece for shard in self.ring_shards for piece in layouts.split(shard, peers)
         )
         """The tokens of each rank."""
-        self._regions = self.mask.regions(seq_len)
         self.number = next(_NUMBERS)
         """Its name where only numbers and tensors can go; see `numbered`."""
         _NUMBERED[self.number] = self
@@ -138,6 +138,11 @@ class ShardedSequence:
 
     def __str__(self) -> str:
         return f"{self.seq_len} tokens, {self.layout} over {self.topology.size} ranks, {self.mask}"
+
+    def _work(self, span: range) -> int:
+        """Pairs that the queries at some positions see."""
+        tiles = self._regions.tiles((span,), (range(self.seq_len),))
+        return sum(tile.area for tile in tiles)
 
     def _check_len(self, x: Tensor, dim: int, length: int, what: str) -> None:
         if not isinstance(x, Tensor):
