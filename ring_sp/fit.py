@@ -63,10 +63,10 @@ def fitting_kernel(
 
 
 def kernel_for(
-    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool, grouped: bool
+    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool
 ) -> Kernel:
     """The kernel for queries like `q`. Raises ValueError if none can serve them."""
-    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient, grouped))
+    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient))
 
 
 def _seen(x: object) -> Hashable:
@@ -110,15 +110,12 @@ def fitting_call(
             f"sinks must be a tensor [{heads}] on {q.device}, one logit for each query head; "
             f"got {came}"
         )
-    copies = kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
-    grouped = heads != k.shape[2] * copies
+    kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
     lse_gradient = trained and (options.return_lse or sinks is not None)
-    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient, grouped)
+    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient)
 
 
-def _call(
-    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool, grouped: bool
-) -> Call:
+def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool) -> Call:
     return Call(
         q.device.type,
         q.dtype,
@@ -126,7 +123,6 @@ def _call(
         v_head_dim,
         softcap=options.softcap is not None,
         scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
-        grouped=grouped,
         windowed=plan.windowed,
         num_regions=plan.num_regions,
         lse_gradient=lse_gradient,

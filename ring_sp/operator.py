@@ -170,8 +170,7 @@ def attention_backward(
     q = _dense(q)
     copies = kv_replication(q.shape[2] * peers, kv_heads, peers)
     wire = Wire(q.shape[0], kv_heads * copies // peers, q.shape[3], out.shape[3])
-    grouped = wire.kv_heads != q.shape[2]
-    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient, grouped)
+    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient)
     setting = _setting(sequence, keys, chosen, options, q.shape[3])
     dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
     if peers == 1:

@@ -289,7 +289,7 @@ def test_a_kernel_is_told_what_it_must_know_to_refuse(monkeypatch: pytest.Monkey
     ring_attention(q, q, q, packed, softcap=2.0)
     ring_attention(q, k, v, plain, return_lse=True)
     ring_attention(q, k, v, plain, sinks=sinks)
-    call = Call("cpu", torch.float32, 8, 16, scale=0.5, grouped=True)
+    call = Call("cpu", torch.float32, 8, 16, scale=0.5)
     with_lse = replace(call, scale=8**-0.5, lse_gradient=True)
     windowed = Call(
         "cpu", torch.float32, 8, 8, softcap=True, scale=8**-0.5, windowed=True, num_regions=2

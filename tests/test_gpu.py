@@ -48,9 +48,7 @@ def test_low_precision_is_near(gpu_world: World, dtype: torch.dtype, bound: floa
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_kernel_is_near_and_repeats_its_bits(gpu_world: World, name: str) -> None:
-    reason = KERNELS[name].refusal(
-        Call("cuda", torch.bfloat16, 64, 64, grouped=True, lse_gradient=True)
-    )
+    reason = KERNELS[name].refusal(Call("cuda", torch.bfloat16, 64, 64, lse_gradient=True))
     if reason:
         pytest.skip(reason)
     sizes = {"ring": torch.cuda.device_count()}

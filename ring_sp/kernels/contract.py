@@ -27,9 +27,9 @@ that of a dq under way, are the kernel's own; both end in q's dtype.
 class Call:
     """What decides whether a kernel can serve a call: the same on every rank.
 
-    `grouped` if query heads share key heads; `windowed` if the mask hides keys on the left of a
-    diagonal, too far back or not far enough ahead; `num_regions` counts the mask's documents and
-    other regions; `lse_gradient` if lse may have a gradient.
+    `windowed` if the mask hides keys on the left of a diagonal, too far back or not far enough
+    ahead; `num_regions` counts the mask's documents and other regions; `lse_gradient` if lse may
+    have a gradient.
     """
 
     device_type: str
@@ -38,7 +38,6 @@ class Call:
     v_head_dim: int
     softcap: bool = False
     scale: float = 1.0
-    grouped: bool = False
     windowed: bool = False
     num_regions: int = 1
     lse_gradient: bool = False
