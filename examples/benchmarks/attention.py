@@ -4,8 +4,9 @@
 
 For each case: the ideal (the fastest kernel of one GPU on the whole problem, divided by the GPUs),
 our ring with each kernel that serves the case, and torch's own context_parallel, all in this run.
-Times are milliseconds of forward + backward, medians over repeats of the slowest rank; memory is
-the peak of a rank. Batch 1, bf16, head dim 128. On CPUs (gloo) use --cases tiny to try the script.
+All take turns; times are milliseconds of forward + backward on the slowest rank, medians over the
+turns, as are the shares of the ideal; memory is the peak of a rank. Batch 1, bf16, head dim 128.
+On CPUs (gloo) use --cases tiny to try the script.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def cases() -> dict[str, Case]:
     k = 1024
     listed = [
         *(Case(f"causal {n}k", n * k) for n in (16, 32, 64, 128)),
-        Case("documents 64k", 64 * k, packed(64 * k, 4 * k)),
+        Case("documents 64k", 64 * k, packed(64 * k, 4 * k), layout="balanced"),
         Case("window 4k of 128k", 128 * k, masks.sliding_window(4 * k - 1), layout="contiguous"),
         Case("causal 32k MHA", 32 * k, kv_heads=32),
         Case("full 32k", 32 * k, masks.full()),
@@ -81,13 +82,23 @@ def cases() -> dict[str, Case]:
     return {case.name: case for case in listed}
 
 
-def milliseconds(step: peers.Step, device: torch.device, repeats: int) -> float:
-    """Median time of a step on the slowest rank."""
-    for _ in range(3):
-        step()
-    once = _elapsed(step, device, 1)
-    inner = max(3, min(40, int(250 / once)))  # so many that starting them is no part of the time
-    return median(_elapsed(step, device, inner) for _ in range(repeats))
+def milliseconds(
+    steps: dict[str, peers.Step], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Times of each step on the slowest rank. They take turns, so that a GPU that grows warm and
+    slow is slow for all.
+    """
+    inner = {}
+    for name, step in steps.items():
+        for _ in range(3):
+            step()
+        # So many that starting them is no part of the time.
+        inner[name] = max(1, min(40, int(250 / _elapsed(step, device, 1))))
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            found[name].append(_elapsed(step, device, inner[name]))
+    return found
 
 
 def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
@@ -119,9 +130,9 @@ def ours(case: Case, kernel: str, device: torch.device) -> peers.Step:
     return step
 
 
-def measured(make: Callable[[], peers.Step], device: torch.device, repeats: int) -> Result:
-    """Milliseconds and peak bytes of a step; the reason where it cannot run on some rank."""
-    reason = ""
+def tried(make: Callable[[], peers.Step], device: torch.device) -> Result:
+    """Peak bytes of a step alone on its GPU; the reason where it cannot run on some rank."""
+    reason, step = "", None
     try:
         step = make()
         step()
@@ -129,10 +140,9 @@ def measured(make: Callable[[], peers.Step], device: torch.device, repeats: int)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     reasons: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(reasons, reason)
-    if any(reasons):
+    if step is None or any(reasons):
         return {"refused": next(filter(None, reasons))}
-    time = milliseconds(step, device, repeats)
-    return {"ms": time, "peak_bytes": peers.peak_bytes(step, device)}
+    return {"peak_bytes": peers.peak_bytes(step, device)}
 
 
 def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
@@ -147,17 +157,20 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         contenders["torch context_parallel"] = partial(
             peers.context_parallel, case, HEAD_DIM, device
         )
-    found = {name: measured(make, device, args.repeats) for name, make in contenders.items()}
-    singles = [x["ms"] for name, x in found.items() if name.startswith("one GPU") and "ms" in x]
-    ideal = min(singles, default=None)
-    for name, result in found.items():
-        if ideal and "ms" in result:
-            share = 1 if name.startswith("one GPU") else size
-            result["share_of_ideal"] = ideal / result["ms"] / share
-        if "ms" in result:
-            ranks = 1 if name.startswith("one GPU") else size
-            result["tflops"] = case.flops / result["ms"] / 1e9 / ranks
-            result["of_bytes_by_hand"] = result["peak_bytes"] / case.bytes_by_hand(ranks)
+    found = {name: tried(make, device) for name, make in contenders.items()}
+    steps = {name: contenders[name]() for name, x in found.items() if "refused" not in x}
+    times = milliseconds(steps, device, args.repeats)
+    singles = {name: median(each) for name, each in times.items() if name.startswith("one GPU")}
+    fastest = min(singles, key=lambda name: singles[name], default=None)
+    ideal = singles[fastest] if fastest else None
+    for name, each in times.items():
+        ranks, result = 1 if name.startswith("one GPU") else size, found[name]
+        result["ms"] = median(each)
+        if fastest:
+            shares = (best / own / ranks for best, own in zip(times[fastest], each, strict=True))
+            result["share_of_ideal"] = median(shares)
+        result["tflops"] = case.flops / result["ms"] / 1e9 / ranks
+        result["of_bytes_by_hand"] = result["peak_bytes"] / case.bytes_by_hand(ranks)
     return {"case": case.name, "ideal_ms": ideal and ideal / size, "results": found}
 
 
