@@ -13,8 +13,9 @@ from ring_sp.fit import Options, fitting_call
 from ring_sp.kernels import KERNELS, choose
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.passes import QueryWire, Setting, Wire, queries_travel, sums_dtype
+from ring_sp.plan import Plan
 from ring_sp.ring import DATA, SUMS, Axis, Path
-from ring_sp.sequence import Plan, ShardedSequence
+from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import SEQUENCE, Topology
 from ring_sp.ulysses import kv_replication
 
@@ -235,8 +236,7 @@ def _loads(sequence: ShardedSequence, keys: ShardedSequence, messages: _Messages
     plan, topology = sequence.plan(keys), sequence.topology
     back = plan.turned if messages.turned else plan
     for station in range(topology.ring_size):
-        sources = range(topology.ring_size)
-        tiles = [tile for source in sources for tile in plan.meet(station, source)]
+        tiles = [tile for source in range(plan.stations) for tile in plan.meet(station, source)]
         outer, ring = divmod(station, topology.ring.size)
         there = Topology(Axis(outer, topology.outer.size), Axis(ring, topology.ring.size))
         sent = messages.ringed(Path(there.rings, plan.needs), plan, False)[DATA]

@@ -9,7 +9,8 @@ from torch import Tensor
 from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
 from ring_sp.masks import causal
-from ring_sp.sequence import Plan, ShardedSequence
+from ring_sp.plan import Plan
+from ring_sp.sequence import ShardedSequence
 from ring_sp.ulysses import kv_replication
 
 KEPT_CALLS = 1000

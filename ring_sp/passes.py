@@ -9,8 +9,8 @@ from torch import Tensor
 from ring_sp.kernels import Kernel, Step
 from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_state
 from ring_sp.kernels.delta import delta
+from ring_sp.plan import Plan
 from ring_sp.ring import Message, ring_pass
-from ring_sp.sequence import Plan
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,16 @@ def _by_queries(
         nonlocal dkv, kept
         own = source == plan.rank
         theirs, their_rows = (q, rows) if own else queries.split(seen, plan.q_lens[source], q.dtype)
-        part = torch.empty_like(kv, dtype=dtype)
+        part = torch.empty_like(kv, dtype=q.dtype if setting.kernel.ROUNDS else dtype)
         step = replace(turned.step(source), final=travels == q.dtype and not own)
         with torch.autocast(seen.device.type, enabled=False):
             dq = setting.kernel.backward(
                 theirs, wire.split(kv), their_rows, step, None, wire.split(part)
             )
-        dkv = part if dkv is None else dkv.add_(part)
+        if source == plan.final:
+            dkv = _sum(kv, dkv, part)
+        else:
+            dkv = part if dkv is None else dkv.to(dtype).add_(part)
         kept = dq if own else kept
         return dq.to(travels).flatten()
 
@@ -224,7 +227,7 @@ def _by_queries(
     )
     others = ring_pass(queries.join(q, rows), plan.path, visit, message)
     dq = _sum(q, kept, None if others is None else others.view(q.shape))
-    return dq, torch.zeros_like(kv) if dkv is None else dkv.to(kv.dtype)
+    return dq, torch.zeros_like(kv) if dkv is None else dkv
 
 
 def _sum(like: Tensor, *parts: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ LAYERS = [
     "ring",
     "topology",
     "agreement",
+    "plan",
     "sequence",
     "kernels.contract",
     "kernels.merge",
