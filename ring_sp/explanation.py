@@ -72,9 +72,7 @@ class Explanation:
     """Ranks along the axes "outer", "ring" and "ulysses"."""
     layout: str
     backward_travels: str
-    """What goes round in backward, where it is fewer bytes: "keys" or "queries"; their gradients
-    follow.
-    """
+    """What goes round in backward, "keys" or "queries", and their gradients: the fewer bytes."""
     heads: int
     """Query heads of each rank, once Ulysses has traded heads for sequence."""
     kv_heads: int
@@ -162,7 +160,7 @@ def explain(
     copies = kv_replication(q.shape[2], k.shape[2], peers)
     kv = Wire(q.shape[0], k.shape[2] * copies // peers, k.shape[3], v.shape[3])
     queries = QueryWire(q.shape[0], q.shape[2] // peers, q.shape[3], v.shape[3])
-    travels = sums_dtype(q.dtype, topology.ring_size)
+    travels = topology.sums_dtype or sums_dtype(q.dtype, topology.ring_size)
     turned = kernel is not None and queries_travel(
         queries,
         kv,
@@ -273,6 +271,7 @@ def _device_type(named: str) -> str:
 
 def _exchange(topology: Topology) -> str:
     ring = ("", "ring", "double ring")[len(topology.rings)]
+    ring += " by copies" if any(axis.memory for axis in topology.rings) else ""
     trade = "all-to-all" if topology.ulysses.size > 1 else ""
     return ", ".join(filter(None, (trade, ring))) or "one rank"
 

@@ -4,10 +4,12 @@ from collections.abc import Hashable
 from math import inf, isfinite
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
+from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.masks import causal
 from ring_sp.plan import Plan
 from ring_sp.sequence import ShardedSequence
@@ -102,6 +104,7 @@ def fitting_call(
     _check_sequences(sequence, keys)
     _check_tensors({"q": q, "k": k, "v": v})
     _check_lengths(q, k, sequence, keys)
+    _check_sums(q.dtype, sequence.topology.sums_dtype)
     heads = q.shape[2]
     if sinks is not None and not (
         isinstance(sinks, Tensor) and sinks.shape == (heads,) and sinks.device == q.device
@@ -161,6 +164,14 @@ def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:
         )
     for source in range(sequence.topology.ring_size):
         sequence.plan(keys).tiles(source)
+
+
+def _check_sums(dtype: torch.dtype, sums_dtype: torch.dtype | None) -> None:
+    if sums_dtype not in (None, dtype, accumulation_dtype(dtype)):
+        raise ValueError(
+            f"sums_dtype must be None, {dtype} or {accumulation_dtype(dtype)} for q of {dtype}; "
+            f"the topology was built with {sums_dtype}"
+        )
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:

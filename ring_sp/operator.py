@@ -244,7 +244,8 @@ def _setting(
     head_dim: int,
 ) -> Setting:
     scale = head_dim**-0.5 if options.scale is None else options.scale
-    return Setting(sequence.plan(keys), kernel, scale, options.softcap)
+    travels = sequence.topology.sums_dtype
+    return Setting(sequence.plan(keys), kernel, scale, options.softcap, travels)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class Setting:
     kernel: Kernel
     scale: float
     softcap: float | None
+    sums_dtype: torch.dtype | None = None
+    """In which sums of gradients travel, if somebody asked."""
 
     def step(self, source: int) -> Step:
         plan = self.plan
@@ -156,7 +158,7 @@ def gradients(
 
     Keys go round, with the sums of their gradients; or queries, if that is fewer bytes.
     """
-    travels = sums_dtype(q.dtype, setting.plan.stations)
+    travels = setting.sums_dtype or sums_dtype(q.dtype, setting.plan.stations)
     if queries_travel(QueryWire.of(q, wire), wire, setting, q.dtype.itemsize, travels.itemsize):
         return _by_queries(q, kv, wire, rows, setting, travels)
     return _by_keys(q, kv, wire, rows, setting, travels)
@@ -173,13 +175,14 @@ def _by_keys(
 ) -> tuple[Tensor, Tensor]:
     plan, dtype = setting.plan, accumulation_dtype(q.dtype)
     own_dtype = q.dtype if plan.stations == 1 or setting.kernel.ROUNDS else dtype
+    other_dtype = q.dtype if setting.kernel.ROUNDS else travels
     dq: Tensor | None = None
     kept: Tensor | None = None
 
     def visit(seen: Tensor, source: int) -> Tensor:
         nonlocal dq, kept
         own = source == plan.rank
-        dkv = torch.empty_like(seen, dtype=own_dtype if own else travels)
+        dkv = torch.empty_like(seen, dtype=own_dtype if own else other_dtype)
         with torch.autocast(seen.device.type, enabled=False):
             dq = setting.kernel.backward(
                 q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
@@ -230,7 +233,10 @@ def _by_queries(
     return dq, torch.zeros_like(kv) if dkv is None else dkv
 
 
-def _sum(like: Tensor, *parts: Tensor | None) -> Tensor:
-    """The sum of the parts that exist, in the dtype of `like`."""
-    one, *more = [part for part in parts if part is not None] or [torch.zeros_like(like)]
-    return torch.add(one, *more, out=torch.empty_like(like)) if more else one.to(like.dtype)
+def _sum(like: Tensor, own: Tensor | None, others: Tensor | None) -> Tensor:
+    """The sum of what there is, in the dtype of `like`; others' memory is the exchange's."""
+    if own is None:
+        return torch.zeros_like(like) if others is None else others.to(like.dtype, copy=True)
+    if others is None:
+        return own.to(like.dtype)
+    return torch.add(own, others, out=torch.empty_like(like))

@@ -12,6 +12,7 @@ LAYERS = [
     "layout",
     "regions",
     "masks",
+    "symmetric",
     "ring",
     "topology",
     "agreement",
