@@ -14,7 +14,8 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -28,6 +29,7 @@ from picture import draw
 import ring_sp
 from ring_sp import masks
 from ring_sp.kernels import KERNELS
+from ring_sp.topology import EXCHANGES
 
 HEAD_DIM = 128
 Result = dict[str, Any]
@@ -115,10 +117,15 @@ def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
     return float(time)
 
 
-def ours(case: Case, kernel: str, device: torch.device) -> peers.Step:
+@cache
+def topology(exchange: str) -> ring_sp.Topology:
+    build = ring_sp.ProcessGroupManager.build
+    return build(ring=dist.get_world_size(), exchange=exchange).topology
+
+
+def ours(case: Case, kernel: str, exchange: str, device: torch.device) -> peers.Step:
     """Forward and backward of one rank's part."""
-    topology = ring_sp.ProcessGroupManager.build(ring=dist.get_world_size()).topology
-    sequence = ring_sp.ShardedSequence(case.seq_len, topology, case.mask, case.layout)
+    sequence = ring_sp.ShardedSequence(case.seq_len, topology(exchange), case.mask, case.layout)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     q, k, v, dout = peers.drawn(heads, sequence.local_len, HEAD_DIM, device)
     trained = [x.requires_grad_() for x in (q, k, v)]
@@ -152,7 +159,11 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         f"one GPU, {name}": partial(make, case, HEAD_DIM, device)
         for name, make in peers.SINGLE.items()
     }
-    contenders |= {f"ring, {name}": partial(ours, case, name, device) for name in args.kernels}
+    contenders |= {
+        f"ring, {kernel}, {exchange}": partial(ours, case, kernel, exchange, device)
+        for kernel in args.kernels
+        for exchange in args.exchanges
+    }
     if case.mask in (masks.causal(), masks.full()):
         contenders["torch context_parallel"] = partial(
             peers.context_parallel, case, HEAD_DIM, device
@@ -190,11 +201,22 @@ def table(rows: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def report(rows: list[Result], args: argparse.Namespace, device: torch.device) -> None:
+    """Write what was found so far."""
+    facts = {"device": peers.device_name(device), "ranks": dist.get_world_size()}
+    facts |= {"torch": torch.__version__, "command": " ".join(sys.argv), "rows": rows}
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1))
+    if args.png:
+        draw(facts, args.png)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = [name for name in cases() if name != "tiny"]
     parser.add_argument("--cases", nargs="+", choices=cases(), default=every)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["flash4", "triton"])
+    parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -206,17 +228,11 @@ def main() -> None:
         rows.append(run(cases()[name], args, device))
         if dist.get_rank() == 0:
             print(table(rows[-1:]), flush=True)
+            report(rows, args, device)
         if args.trace:
-            for kernel in args.kernels:
-                peers.trace(ours(cases()[name], kernel, device), args.trace, f"{name} {kernel}")
-    if dist.get_rank() == 0:
-        facts = {"device": peers.device_name(device), "ranks": dist.get_world_size()}
-        facts |= {"torch": torch.__version__, "command": " ".join(sys.argv), "rows": rows}
-        print(table(rows))
-        if args.json:
-            args.json.write_text(json.dumps(facts, indent=1))
-        if args.png:
-            draw(facts, args.png)
+            for kernel, exchange in product(args.kernels, args.exchanges):
+                step = ours(cases()[name], kernel, exchange, device)
+                peers.trace(step, args.trace, f"{name} {kernel} {exchange}")
     dist.destroy_process_group()
 
 
