@@ -214,10 +214,12 @@ def _by_queries(
             dq = setting.kernel.backward(
                 theirs, wire.split(kv), their_rows, step, None, wire.split(part)
             )
-        if source == plan.final:
+        if source != plan.final:
+            dkv = part if dkv is None else dkv.to(dtype).add_(part)
+        elif dkv is None or dkv.dtype != kv.dtype:
             dkv = _sum(kv, dkv, part)
         else:
-            dkv = part if dkv is None else dkv.to(dtype).add_(part)
+            dkv.add_(part)
         kept = dq if own else kept
         return dq.to(travels).flatten()
 

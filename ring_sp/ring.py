@@ -20,8 +20,8 @@ Needs = Callable[[int, int], bool]
 
 DATA, SUMS = 0, 1
 """Tags of messages: a tensor, or the sums that follow it."""
-HOME = 2
-"""The slot of sums that are complete; others take turns."""
+HOME = 0
+"""The slot of sums that are complete; those under way take turns with the two after it."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def ring_pass(x: Tensor | None, path: Path, visit: Visit, message: Message) -> T
     if ring.memory is not None:
         outer.reserve(ring.memory, ring.size)
     sums, held = _Sums(path, outer), x
+    del x  # A message that nobody else keeps goes once it is sent.
     for hop in range(ring.size):
         source, following = (ring.rank - hop) % ring.size, (ring.rank - hop - 1) % ring.size
         transfer, arriving = ring.transfer(DATA), None
@@ -254,7 +255,7 @@ class _Sums:
             total = seen.to(message.sums_dtype)
         self._transfer, self._arrived = ring.transfer(SUMS), None
         if total is not None and hop < sums[source][1]:
-            self._transfer.send(total, ring.rank + 1, hop % 2)
+            self._transfer.send(total, ring.rank + 1, 1 + hop % 2)
         elif total is not None and hop:
             self._transfer.send(total, source, HOME)
         elif total is not None:
@@ -262,7 +263,7 @@ class _Sums:
         following, (_, last) = (ring.rank - hop - 1) % ring.size, sums[ring.rank]
         if sums[following][0] <= hop < sums[following][1]:
             room = message.sums_room(following)
-            self._arrived = self._transfer.receive(room, ring.rank - 1, hop % 2)
+            self._arrived = self._transfer.receive(room, ring.rank - 1, 1 + hop % 2)
         if hop == last and hop:
             room = message.sums_room(ring.rank)
             self._home = self._transfer.receive(room, ring.rank + hop, HOME)

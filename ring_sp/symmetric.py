@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 SLOTS = 2, 3
-"""Of messages with each tag: a rank receives one, reads another, and sums come home."""
+"""Of messages with each tag: a rank receives one, reads another, and sums come home. Two ranks have
+one of each: nothing goes on.
+"""
 ALIGNMENT = 512
 READY, DONE = 0, 1
 """A flag says that the receiver's slot is free, or that the message is there."""
@@ -40,6 +42,7 @@ class Memory:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size, self._group = dist.get_rank(group), dist.get_world_size(group), group
+        self._slots = SLOTS if self.size > 2 else (1, 1)
         self._slot_bytes = [0 for _ in SLOTS]
         self._handle: Any = None
         self._streams: list[torch.cuda.Stream] = []
@@ -99,7 +102,7 @@ class Memory:
     def _at(self, tag: int, slot: int) -> int:
         """Where a slot begins, in bytes; behind the flags and the slots of smaller tags."""
         flags = -(-8 * len(SLOTS) * self.size // ALIGNMENT) * ALIGNMENT
-        before = zip(SLOTS[:tag], self._slot_bytes, strict=False)
+        before = zip(self._slots[:tag], self._slot_bytes, strict=False)
         return flags + sum(n * size for n, size in before) + (slot and slot * self._slot_bytes[tag])
 
 

@@ -76,7 +76,7 @@ class Shared:
         self.slots = {
             (rank, tag, slot): torch.full((numel,), torch.nan, dtype=torch.float64)
             for rank in range(size)
-            for tag, count in enumerate(SLOTS)
+            for tag, count in enumerate(SLOTS if size > 2 else (1, 1))
             for slot in range(count)
         }
         self.flags: dict[tuple[int, ...], threading.Event] = defaultdict(threading.Event)
