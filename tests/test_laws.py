@@ -26,6 +26,7 @@ LAYERS = [
     "kernels.triton_forward",
     "kernels.triton_hopper",
     "kernels.triton_backward",
+    "kernels.triton_hopper_backward",
     "kernels.triton_merge",
     "kernels.triton_delta",
     "kernels.delta",
