@@ -47,7 +47,11 @@ def fitting_kernel(
     call has passed.
     """
     _check_kinds(sequence, keys)
-    asked = f"{options}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
+    seed = options.dropout_seed
+    # A seed is new in each call, and looked at in each; the first ones must be the same.
+    wrong = "" if _seeds(options.dropout_p, seed) else f" but for seed {seed}"
+    steady = options._replace(dropout_seed=None)
+    asked = f"{steady}{wrong}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
     call = *map(_seen, (q, k, v, sinks)), keys.topology, asked
     kernel, terms = sequence.served.get(call, (None, ""))
     if kernel is None or not agreed(sequence.topology, terms):
@@ -56,7 +60,7 @@ def fitting_kernel(
         error = refusal(lambda: found.append(select(options.kernel, fitting_call(*all_given))))
         tensors = zip(("q", "k", "v", "sinks"), (q, k, v, sinks), strict=True)
         terms = ", ".join([*(f"{name} {_shared(x)}" for name, x in tensors), asked])
-        terms += f", kernel {found[0].__name__}" if found else ""
+        terms += f", seed {seed}, kernel {found[0].__name__}" if found else ""
         agree(sequence.topology, asked, terms, error, "cpu" if error else q.device.type)
         (kernel,) = found
         if len(sequence.served) >= KEPT_CALLS:
@@ -130,6 +134,7 @@ def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient
         windowed=plan.windowed,
         num_regions=plan.num_regions,
         lse_gradient=lse_gradient,
+        dropout=options.dropout_p > 0,
     )
 
 
@@ -145,11 +150,21 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"scale must be None or a finite number; got {scale}")
     if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
         raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    if options.dropout_p != 0 or options.dropout_seed is not None:
-        raise NotImplementedError(
-            f"attention dropout is not implemented; got dropout_p={options.dropout_p}, "
-            f"dropout_seed={options.dropout_seed}. Use 0 and None."
+    p, seed = options.dropout_p, options.dropout_seed
+    if not (isinstance(p, int | float) and 0 <= p < 1):
+        raise ValueError(f"dropout needs 0 <= dropout_p < 1; got dropout_p={p}")
+    if not _seeds(p, seed):
+        raise ValueError(
+            f"dropout_p={p} needs a dropout_seed from 0 to 2**63 - 1, one for all ranks of the "
+            f"sequence and another for each layer and step; got {seed}"
         )
+
+
+def _seeds(p: float, seed: object) -> bool:
+    """Whether a seed, or none, goes with a probability of dropout."""
+    if seed is None:
+        return p == 0
+    return isinstance(seed, int) and 0 <= seed < 1 << 63
 
 
 def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,19 @@ from torch import Tensor
 from ring_sp.kernels import Kernel, Step
 from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_state
 from ring_sp.kernels.delta import delta
+from ring_sp.kernels.dropout import Dropout
 from ring_sp.plan import Plan
 from ring_sp.ring import Message, ring_pass
+
+
+class Drops(NamedTuple):
+    """What of `kernels.dropout.Dropout` does not depend on the visit."""
+
+    p: float
+    seed: int
+    first_head: int
+    num_heads: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -23,11 +35,16 @@ class Setting:
     softcap: float | None
     sums_dtype: torch.dtype | None = None
     """In which sums of gradients travel, if somebody asked."""
+    drops: Drops | None = None
 
     def step(self, source: int) -> Step:
-        plan = self.plan
+        plan, drops = self.plan, self.drops
         final, derived = source == plan.final, plan.derived[source]
-        return Step(plan.tiles(source), self.scale, self.softcap, final, derived)
+        dropout = None
+        if drops is not None:
+            places = plan.positions(source, drops.device)
+            dropout = Dropout(drops.p, drops.seed, *places, drops.first_head, drops.num_heads)
+        return Step(plan.tiles(source), self.scale, self.softcap, final, dropout, derived)
 
 
 @dataclass(frozen=True)

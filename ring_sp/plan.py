@@ -5,9 +5,19 @@ from collections.abc import Hashable, Iterator
 from functools import cache, cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ring_sp.layout import Shard, shard_len
 from ring_sp.regions import Regions, Tile
 from ring_sp.ring import Axis, Path, visiting_order
+
+
+def positions(shard: Shard, device: torch.device | str | None) -> Tensor:
+    """Global positions of the tokens of a shard, int64."""
+    return torch.cat(
+        [torch.arange(span.start, span.stop, span.step, device=device) for span in shard]
+    )
 
 
 class Plan:
@@ -25,7 +35,7 @@ class Plan:
         rings: tuple[Axis, ...],
         turned: bool = False,
     ) -> None:
-        self._facts = q_shards, kv_shards, regions, rings
+        self._facts, self._turned = (q_shards, kv_shards, regions, rings), turned
         self._order = visiting_order(rings)
         self.rank = self._order[0]
         """This station's number: what is its own is the first that it visits."""
@@ -69,6 +79,17 @@ class Plan:
         if source not in self._tiles:
             self._tiles[source] = tuple(self.meet(self.rank, source))
         return self._tiles[source]
+
+    def positions(self, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Global positions of the queries and of the keys of a visit, int32."""
+        key = "positions", device
+        if key not in self.derived[source]:
+            stations = (source, self.rank) if self._turned else (self.rank, source)
+            shards = zip(self._facts[:2], stations, strict=True)
+            found = [positions(each[station], device).int() for each, station in shards]
+            self.derived[source][key] = tuple(found)
+        q, k = self.derived[source][key]
+        return q, k
 
     @cached_property
     def turned(self) -> "Plan":

@@ -15,9 +15,9 @@ from torch.autograd.function import FunctionCtx
 from ring_sp import layout as layouts
 from ring_sp import masks
 from ring_sp.agreement import agree, refusal
-from ring_sp.layout import Shard, shard_len, whole_number
+from ring_sp.layout import shard_len, whole_number
 from ring_sp.masks import Mask
-from ring_sp.plan import Plan
+from ring_sp.plan import Plan, positions
 from ring_sp.topology import Topology
 
 
@@ -90,7 +90,7 @@ class ShardedSequence:
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """Global positions of this rank's tokens, int64 [local_len]."""
-        return _positions(self.shards[self.topology.rank], device)
+        return positions(self.shards[self.topology.rank], device)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a tensor that every rank holds whole, seq_len long along `dim`.
@@ -205,11 +205,5 @@ def _gather(x: Tensor, sequence: ShardedSequence, dim: int) -> Tensor:
     dist.all_gather(parts, sent.contiguous(), group=sequence.topology.group)
     whole = x.new_empty(sequence.seq_len, *sent.shape[1:])
     for part, length, shard in zip(parts, lens, sequence.shards, strict=True):
-        whole[_positions(shard, x.device)] = part[:length]
+        whole[positions(shard, x.device)] = part[:length]
     return whole.transpose(0, dim)
-
-
-def _positions(shard: Shard, device: torch.device | str | None) -> Tensor:
-    return torch.cat(
-        [torch.arange(span.start, span.stop, span.step, device=device) for span in shard]
-    )

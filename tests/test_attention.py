@@ -204,12 +204,6 @@ def checkpointed_equals_plain() -> bool:
     return all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_dropout_is_refused() -> None:
-    x = torch.zeros(1, 8, 2, 4)
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.1"):
-        ring_attention(x, x, x, ShardedSequence(8), dropout_p=0.1)
-
-
 def test_autocast_does_not_reach_into_the_accumulation() -> None:
     seq = ShardedSequence(40)
     q, k, v = (torch.randn(1, 40, 2, 16, requires_grad=True) for _ in range(3))

@@ -18,6 +18,7 @@ LAYERS = [
     "agreement",
     "plan",
     "sequence",
+    "kernels.dropout",
     "kernels.contract",
     "kernels.merge",
     "kernels.triton_found",

@@ -15,6 +15,7 @@ from ringed import relative
 
 from ring_sp.kernels import Call, Step, reference, triton
 from ring_sp.kernels.contract import Rows, State
+from ring_sp.kernels.dropout import Dropout
 from ring_sp.kernels.merge import merge
 from ring_sp.regions import Tile
 
@@ -118,6 +119,24 @@ def test_takes_rows_that_meet_many_tiles() -> None:
     for x in (k, v):
         x[:, 37:40], x[:, 75:81], x[:, 120:] = (torch.nan,) * 3
     assert_same_as_reference(inputs, tiles, scale=-0.3)
+
+
+@law
+@pytest.mark.usefixtures("small_blocks")
+def test_drops_what_the_reference_drops() -> None:
+    """Some heads of several batch entries, at positions with gaps."""
+    q, k, v, dout = (torch.cat([x, x.flip(1)]) for x in tensors(50, 70, (16, 16), heads=4))
+    q, dout = q[:, :50], dout[:, :50]
+    q_at, k_at = (torch.arange(n, dtype=torch.int32, device=DEVICE) * 2 + 1 for n in (50, 70))
+    dropout = Dropout(0.3, 0x123456789ABCDE, q_at, k_at, 4, 12)
+    tiles = Tile(0, 50, 0, 50, 0, 49), Tile(10, 50, 50, 70, -19, 39)
+    step = Step(tiles, 0.3, dropout=dropout)
+    found, true = (both_passes(kernel, (q, k, v, dout), step) for kernel in (triton, reference))
+    for mine, other in zip(found, true, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-5)
+    plain = both_passes(triton, (q, k, v, dout), replace(step, dropout=None))
+    torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0], plain[0], rtol=0.1, atol=0.1)
 
 
 @law

@@ -49,6 +49,7 @@ def refusal(call: Call) -> str | None:
             f"its dq is wrong for a head dim of {dims[0]}, at most 16 above a multiple of 32",
         ),
         (call.scale > 0, f"its softmax wants a positive scale, not {call.scale}"),
+        (not call.dropout, "it has no dropout"),
     )
     return next((reason for met, reason in needs if not met), None) or _unavailable(dims)
 

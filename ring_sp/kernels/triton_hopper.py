@@ -34,12 +34,16 @@ def serves(q: Tensor, k: Tensor, v: Tensor, step: Step) -> bool:
 
 def fits(tensors: tuple[Tensor, ...], step: Step) -> bool:
     """Whether the copy engine and the matrix units take them."""
-    return step.softcap is None and all(
-        x.element_size() == 2
-        and x.shape[3] in (64, 128)
-        and x.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride in x.stride()[:3])
-        for x in tensors
+    return (
+        step.softcap is None
+        and step.dropout is None
+        and all(
+            x.element_size() == 2
+            and x.shape[3] in (64, 128)
+            and x.data_ptr() % 16 == 0
+            and all(stride % 8 == 0 for stride in x.stride()[:3])
+            for x in tensors
+        )
     )
 
 
