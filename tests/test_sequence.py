@@ -1,3 +1,4 @@
+import pickle
 import weakref
 from collections.abc import Callable
 from itertools import product
@@ -92,6 +93,28 @@ def test_shard_and_unshard_are_inverse_and_positions_are_those_of_the_tokens_hel
     for held in zip(*(held for _, held in answers), strict=True):
         tokens = sorted(position for own in held for position in own)
         assert tokens == sorted([*range(len(tokens) // copies)] * copies)
+
+
+def packed_round_trip() -> bool:
+    seq = sequence({"ring": 2, "ulysses": 2}, 24, layout=layout.ZigzagDocuments((0, 8, 24)))
+    x = made(2, 24, seed=0)
+    again = pickle.loads(pickle.dumps(seq.layout))
+    held = [joined((shard,)) for shard in seq.shards]
+    return (
+        torch.equal(seq.unshard(seq.shard(x)), x)
+        and again == seq.layout
+        and held
+        == [
+            [0, 1, 6, 7, 8, 9],
+            [10, 11, 20, 21, 22, 23],
+            [2, 3, 4, 5, 12, 13],
+            [14, 15, 16, 17, 18, 19],
+        ]
+    )
+
+
+def test_ulysses_peers_share_the_zigzag_shards_of_documents(world: Callable[[int], World]) -> None:
+    assert all(world(4).run(packed_round_trip))
 
 
 def gradients(sizes: Sizes) -> list[str]:
