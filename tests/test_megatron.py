@@ -28,6 +28,7 @@ from ring_sp.integrations.megatron import (
     use_ring_positions,
     with_ring_attention,
 )
+from ring_sp.integrations.megatron.rotary import Place
 
 SEQ_LEN, VOCAB, BATCH = 48, 32, 2
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -278,5 +279,6 @@ def test_a_cast_to_bf16_leaves_the_angles_alone(world: Callable[[int], World]) -
 def angles_survive_bf16() -> bool:
     ring = start(Case())
     model, sequence = gpt(Case(), ring), ring.sequence(4096, masks.causal())
-    before = model.rotary_pos_emb(sequence)
-    return torch.equal(before, model.bfloat16().rotary_pos_emb(sequence))
+    place = Place(RingSequenceParams(sequence=sequence))
+    before = model.rotary_pos_emb(place)
+    return torch.equal(before, model.bfloat16().rotary_pos_emb(place))

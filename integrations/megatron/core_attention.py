@@ -26,8 +26,8 @@ class RingCoreAttention(MegatronModule):
     `softmax_offset` [heads / tp], as in Megatron's own.
 
     Query, key and value are [s / cp, b, heads / tp, d] with grouped keys not expanded, or packed
-    [t / cp, heads / tp, d]; the result is [s / cp, b, heads / tp * dv] or [t / cp, heads / tp *
-    dv].
+    [t / cp, heads / tp, d]; the result is [s / cp, b, heads / tp * dv], or [t / cp, heads / tp *
+    dv] for Megatron's own packed format.
     """
 
     def __init__(
@@ -122,7 +122,11 @@ class RingCoreAttention(MegatronModule):
             sinks=self.softmax_offset,
             kernel=self.ring.kernel,
         )
-        return (out[0] if packed else out.transpose(0, 1)).flatten(-2)
+        if not packed:
+            return out.transpose(0, 1).flatten(2)
+        thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        # Multi-latent attention puts the batch dimension back in Megatron's own format only.
+        return out[0].flatten(1) if thd else out[0, :, None].flatten(2)
 
     def _sequences(
         self, query: Tensor, key: Tensor, mask_type: AttnMaskType, params: PackedSeqParams | None

@@ -1,6 +1,6 @@
 """Rotary angles at the positions that a rank really holds, whatever the layout."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -14,6 +14,13 @@ from ring_sp.integrations.megatron.check import mixes_tokens, require_ring_every
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
 
 
+class Place(NamedTuple):
+    """Where the tokens of a batch are, and whether the layer has dropped the batch dimension."""
+
+    params: RingSequenceParams
+    flat: bool = False
+
+
 class RingRotaryEmbedding(nn.Module):
     """Megatron's rotary embedding, plain, scaled or YaRN, asked for the positions of this rank.
 
@@ -22,9 +29,12 @@ class RingRotaryEmbedding(nn.Module):
     batch's sequence itself.
     """
 
-    def __init__(self, stock: RotaryEmbedding, ring: MegatronRing) -> None:
+    def __init__(self, stock: RotaryEmbedding, ring: MegatronRing, latent: bool = False) -> None:
+        """`latent` for that of a layer with multi-latent attention, which drops the batch dimension
+        of packed sequences before it rotates.
+        """
         super().__init__()
-        self.ring = ring
+        self.ring, self.latent = ring, latent
         self.scale: float = 1 / (stock.seq_len_interpolation_factor or 1)
         self.mscale: float | None = None
         """What YaRN multiplies queries and keys with; None for other embeddings."""
@@ -51,35 +61,40 @@ class RingRotaryEmbedding(nn.Module):
         transformer_config: TransformerConfig,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
-    ) -> RingSequenceParams:
+    ) -> Place:
         """The sequence of this batch. Raises NotImplementedError in inference."""
         if inference_context is not None:
             raise NotImplementedError(
                 "a ring serves training; build the inference model without it"
             )
+        arriving = transformer.input_tensor if transformer is not None else None
+        hidden = transformer_input if arriving is None else arriving
+        packed = packed_seq_params is not None
+        flat = self.latent and packed and hidden is not None and hidden.shape[1] == 1
         if isinstance(packed_seq_params, RingSequenceParams) and packed_seq_params.sequence:
-            return packed_seq_params
+            return Place(packed_seq_params, flat)
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             raise ValueError(
                 "packed sequences reach the layers of a model with ring positions as "
                 "RingSequenceParams: pass ring.packed(packed_seq_params), or the params themselves "
                 "to the model that use_ring_positions was given"
             )
-        arriving = transformer.input_tensor if transformer is not None else None
-        hidden = transformer_input if arriving is None else arriving
         if hidden is None:
             raise ValueError("rotary positions need the input of the transformer block")
         tensor = transformer_config.tensor_model_parallel_size
         local_len = hidden.shape[0] * (tensor if transformer_config.sequence_parallel else 1)
         topology = self.ring.topology_of(packed_seq_params)
         sequence = self.ring.sequence(local_len * topology.size, None, topology)
-        return RingSequenceParams(sequence=sequence)
+        return Place(RingSequenceParams(sequence=sequence), flat)
 
-    def forward(self, place: RingSequenceParams, **_: Any) -> Tensor | tuple[Tensor, float]:
-        """Angles [local_len, 1, 1, rotary dim] in radians, float32; of YaRN with its factor."""
+    def forward(self, place: Place, **_: Any) -> Tensor | tuple[Tensor, float]:
+        """Angles [local_len, 1, 1, rotary dim] in radians, float32; of YaRN with its factor. Where
+        the layer has dropped the batch dimension, so do they.
+        """
         frequencies = self._frequencies = self._frequencies.to(self.get_buffer("_marker").device)
-        positions = place.positions(frequencies.device).float() * self.scale
-        angles = torch.outer(positions, frequencies)[:, None, None]
+        positions = place.params.positions(frequencies.device).float() * self.scale
+        angles = torch.outer(positions, frequencies)[:, None]
+        angles = angles if place.flat else angles[:, None]
         return angles if self.mscale is None else (angles, self.mscale)
 
 
@@ -119,7 +134,8 @@ def use_ring_positions(model: MegatronModule, ring: MegatronRing) -> None:
                 f"{name or 'the model'} has rotary positions that the ring does not know: "
                 f"{type(stock).__name__}"
             )
-        module.rotary_pos_emb = RingRotaryEmbedding(stock, ring)
+        latent = config.multi_latent_attention and module is not model
+        module.rotary_pos_emb = RingRotaryEmbedding(stock, ring, latent)
     model.register_forward_pre_hook(_PackedInRing(ring), with_kwargs=True)
     ring.has_positions = True
 
