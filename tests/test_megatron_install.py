@@ -100,6 +100,7 @@ def wrong_rolls(given: Case) -> list[str]:
         wanted = whole.roll(-1, 1)
         wanted[:, torch.tensor((given.cuts or (0, SEQ_LEN))[1:]) - 1] = 0
         rolled, count = roll(sequence.shard(whole), -1, -1, group, params)
+        assert rolled is not None
         if not torch.equal(rolled, sequence.shard(wanted)) or count != rolled.sum():
             wrong.append(str(whole.dtype))
     return wrong
