@@ -20,7 +20,7 @@ class SplitBatch:
     """Takes the place of Megatron's `get_batch_on_this_cp_rank`, in any of its versions."""
 
     def __init__(self, ring: Callable[[], MegatronRing], signature: Signature) -> None:
-        self._ring, self._signature = ring, signature
+        self._ring, self.__signature__ = ring, signature
 
     def __call__(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch:
         """The batch, in place, with this rank's tokens: packed documents as `ring.packed` says,
@@ -29,7 +29,7 @@ class SplitBatch:
         A causal attention mask is dropped, as the ring's layers need none. Raises
         NotImplementedError for any other.
         """
-        given = self._signature.bind(batch, *args, **kwargs).arguments
+        given = self.__signature__.bind(batch, *args, **kwargs).arguments
         params = PackedSeqParams(qkv_format="thd", cp_group=given.get("cp_group"))
         if given.get("is_hybrid_cp") and batch.get("cu_seqlens") is not None:
             params.local_cp_size = int(batch["local_cp_size"])

@@ -121,7 +121,8 @@ class MegatronRing:
         if group is None and not alone:
             return self.topology
         topology = Topology() if group is None else self._topology_over(group)
-        if (self.topology.ulysses.size, self.topology.outer.size) != (1, 1) and topology.size > 1:
+        parts = self.topology.ulysses.size, self.topology.outer.size
+        if parts != (1, 1) and topology != self.topology and topology.size > 1:
             raise NotImplementedError(
                 "dynamic context-parallel groups are single rings: use no --ring-ulysses and no "
                 "--ring-outer with them"
