@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,24 +13,30 @@ from conftest import World
 pytest.importorskip("megatron")
 import torch
 from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron_gpt import built, case, config, start
 from ranks import raised
 
-from ring_sp.integrations.megatron import MegatronRing, RingOptions, install
+from ring_sp import Topology
+from ring_sp.integrations.megatron import MegatronRing, RingCoreAttention, RingOptions, install
 from ring_sp.integrations.megatron.__main__ import main, understood
 from ring_sp.integrations.megatron.rotary import use_ring_positions
+from ring_sp.integrations.megatron.spec import ring_spec
 
 ROOT = Path(__file__).parents[1]
 RING = ("--sequence-parallel-ring", "1")
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -164,6 +171,18 @@ def test_the_script_gets_its_own_arguments_in_their_order() -> None:
         "--context-parallel-size",
         "4",
     ]
+
+
+def test_transformer_engines_attention_is_replaced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = type("TEDotProductAttention", (torch.nn.Module,), {})
+    monkeypatch.setattr(transformer_engine, "TEDotProductAttention", fused)
+    layer = get_gpt_layer_local_spec()
+    layer.submodules.self_attention.submodules.core_attention = fused
+    block = TransformerBlockSubmodules(layer_specs=[layer, ModuleSpec(partial(layer.module))] * 2)
+    replaced, count = ring_spec(block, MegatronRing(Topology()))
+    found = replaced.layer_specs[2].submodules.self_attention.submodules.core_attention
+    assert (count, found.module) == (2, RingCoreAttention)
+    assert layer.submodules.self_attention.submodules.core_attention is fused
 
 
 class OwnAttention(torch.nn.Module):
