@@ -24,4 +24,5 @@ CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --standalone --nproc_per_node 2 "$he
     --lr-decay-style cosine --lr-warmup-iters 10 --bf16 --use-distributed-optimizer \
     --calculate-per-token-loss --mock-data --tokenizer-type NullTokenizer --vocab-size 31999 \
     --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm \
-    --no-masked-softmax-fusion --no-rope-fusion --log-interval 1 --eval-iters 0 "$@"
+    --no-masked-softmax-fusion --no-rope-fusion --log-interval 1 --eval-iters 0 \
+    --eval-interval 1000 "$@"

@@ -6,7 +6,7 @@
 # SCRIPT is Megatron-LM's pretrain_gpt.py. Tensor 2 x ring 16: 65,536 tokens a ring rank.
 #
 # Weights      8.0B / 2 tensor ranks: bf16 2 + gradients 4 bytes, Adam 12 / 16: 27 GB a GPU.
-# Activations  12 bytes x 32,768 x 4,096 x 32 layers = 51 GB with the MLP recomputed (147 GB without);
+# Activations  12 bytes x 32,768 x 4,096 x 32 layers = 51 GB with the MLP recomputed (else 147);
 #              logits 6 bytes x 65,536 x 64,128 = 25 GB. In all 103 GB of 141.
 # Work         a token: 6 x 7.5B = 45 GFLOP + attention 6 x 32 x 4,096 x 1,048,576 = 825 GFLOP; a
 #              sequence 0.91 EFLOP. At 560 TFLOP/s a GPU: 52 s, 20k tokens/s, 56% of 989 TFLOP/s.
@@ -22,7 +22,8 @@ CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --nnodes "$NODES" --node_rank "$NODE
     --seq-length 1048576 --max-position-embeddings 1048576 --position-embedding-type rope \
     --rotary-base 50000000 --normalization RMSNorm --disable-bias-linear \
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
-    --micro-batch-size 1 --global-batch-size 4 --train-iters 1000 --lr 1e-5 --min-lr 1e-6 \
+    --micro-batch-size 1 --global-batch-size 4 --train-iters 1000 --eval-interval 500 \
+    --lr 1e-5 --min-lr 1e-6 \
     --lr-decay-style cosine --lr-warmup-iters 50 --bf16 --use-distributed-optimizer \
     --calculate-per-token-loss --no-create-attention-mask-in-dataloader \
     --recompute-granularity selective --recompute-modules mlp \

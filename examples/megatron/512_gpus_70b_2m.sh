@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A 70B GPT (of Llama 3 70B's shape) at 2M tokens a sequence on 64 nodes of 8 H100; planned, not run:
+# A 70B GPT (Llama 3 70B's shape) at 2M tokens a sequence on 64 nodes of 8 H100; planned, not run:
 #
 #   NODES=64 NODE=0 HEAD=host:29500 DATA=prefix TOKENIZER=path bash 512_gpus_70b_2m.sh SCRIPT
 #
@@ -23,7 +23,8 @@ CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --nnodes "$NODES" --node_rank "$NODE
     --seq-length 2097152 --max-position-embeddings 2097152 --position-embedding-type rope \
     --rotary-base 100000000 --normalization RMSNorm --disable-bias-linear \
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
-    --micro-batch-size 1 --global-batch-size 2 --train-iters 1000 --lr 5e-6 --min-lr 5e-7 \
+    --micro-batch-size 1 --global-batch-size 2 --train-iters 1000 --eval-interval 500 \
+    --lr 5e-6 --min-lr 5e-7 \
     --lr-decay-style cosine --lr-warmup-iters 50 --bf16 --use-distributed-optimizer \
     --calculate-per-token-loss --no-create-attention-mask-in-dataloader \
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 \
