@@ -83,7 +83,9 @@ def ring_attention(
     q is [B, local_len, H, D], k [B, local kv len, Hkv, D], v [B, local kv len, Hkv, Dv], of one
     floating-point dtype and device; Hkv divides H, and head h reads key head h // (H // Hkv).
     `kv_sequence` (default `sequence`) says where the keys live, for cross attention; the mask is
-    `sequence.mask`, over the global positions of both. Scores are q.k * scale (default 1 /
+    `sequence.mask`, over the global positions of both. Weights are dropped with probability
+    `dropout_p`, by `dropout_seed`, batch entry, head and positions alone: one seed for all ranks of
+    the sequence, another for each layer, step and data rank. Scores are q.k * scale (default 1 /
     sqrt(D)), then softcap * tanh(score / softcap) if `softcap` is given; `sinks` [H] are logits of
     one more key per head, whose value is zero. Returns out [B, local_len, H, Dv] in q's dtype and,
     if `return_lse`, (out, lse) with lse [B, H, local_len], natural log of the sum of exp(score)
@@ -92,8 +94,8 @@ def ring_attention(
     summed over ranks as weights' gradients are. A query that sees nothing gets zeros and lse = -inf
     (the sink's logit where there is one).
 
-    Raises ValueError for tensors that do not fit each other or the sequences, and
-    NotImplementedError for dropout: on every rank in the first call with these options over these
+    Raises ValueError for options that make no sense, and tensors that do not fit each other or the
+    sequences: on every rank in the first call with these options over these
     sequences, later where it is seen. Shapes, dtypes and options that are new must be new on all
     ranks: a call that only some ranks change leaves the others waiting until torch.distributed's
     timeout.

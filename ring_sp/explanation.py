@@ -13,8 +13,9 @@ from ring_sp.fit import Options, fitting_call
 from ring_sp.kernels import KERNELS, choose
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.passes import QueryWire, Setting, Wire, queries_travel, sums_dtype
+from ring_sp.plan import Plan
 from ring_sp.ring import DATA, SUMS, Axis, Path
-from ring_sp.sequence import Plan, ShardedSequence
+from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import SEQUENCE, Topology
 from ring_sp.ulysses import kv_replication
 
@@ -71,9 +72,7 @@ class Explanation:
     """Ranks along the axes "outer", "ring" and "ulysses"."""
     layout: str
     backward_travels: str
-    """What goes round in backward, where it is fewer bytes: "keys" or "queries"; their gradients
-    follow.
-    """
+    """What goes round in backward, "keys" or "queries", and their gradients: the fewer bytes."""
     heads: int
     """Query heads of each rank, once Ulysses has traded heads for sequence."""
     kv_heads: int
@@ -161,7 +160,7 @@ def explain(
     copies = kv_replication(q.shape[2], k.shape[2], peers)
     kv = Wire(q.shape[0], k.shape[2] * copies // peers, k.shape[3], v.shape[3])
     queries = QueryWire(q.shape[0], q.shape[2] // peers, q.shape[3], v.shape[3])
-    travels = sums_dtype(q.dtype, topology.ring_size)
+    travels = topology.sums_dtype or sums_dtype(q.dtype, topology.ring_size)
     turned = kernel is not None and queries_travel(
         queries,
         kv,
@@ -235,8 +234,7 @@ def _loads(sequence: ShardedSequence, keys: ShardedSequence, messages: _Messages
     plan, topology = sequence.plan(keys), sequence.topology
     back = plan.turned if messages.turned else plan
     for station in range(topology.ring_size):
-        sources = range(topology.ring_size)
-        tiles = [tile for source in sources for tile in plan.meet(station, source)]
+        tiles = [tile for source in range(plan.stations) for tile in plan.meet(station, source)]
         outer, ring = divmod(station, topology.ring.size)
         there = Topology(Axis(outer, topology.outer.size), Axis(ring, topology.ring.size))
         sent = messages.ringed(Path(there.rings, plan.needs), plan, False)[DATA]
@@ -273,6 +271,7 @@ def _device_type(named: str) -> str:
 
 def _exchange(topology: Topology) -> str:
     ring = ("", "ring", "double ring")[len(topology.rings)]
+    ring += " by copies" if any(axis.memory for axis in topology.rings) else ""
     trade = "all-to-all" if topology.ulysses.size > 1 else ""
     return ", ".join(filter(None, (trade, ring))) or "one rank"
 

@@ -4,12 +4,15 @@ from collections.abc import Hashable
 from math import inf, isfinite
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
+from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.masks import causal
-from ring_sp.sequence import Plan, ShardedSequence
+from ring_sp.plan import Plan
+from ring_sp.sequence import ShardedSequence
 from ring_sp.ulysses import kv_replication
 
 KEPT_CALLS = 1000
@@ -44,7 +47,11 @@ def fitting_kernel(
     call has passed.
     """
     _check_kinds(sequence, keys)
-    asked = f"{options}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
+    seed = options.dropout_seed
+    # A seed is new in each call, and looked at in each; the first ones must be the same.
+    wrong = "" if _seeds(options.dropout_p, seed) else f" but for seed {seed}"
+    steady = options._replace(dropout_seed=None)
+    asked = f"{steady}{wrong}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
     call = *map(_seen, (q, k, v, sinks)), keys.topology, asked
     kernel, terms = sequence.served.get(call, (None, ""))
     if kernel is None or not agreed(sequence.topology, terms):
@@ -53,7 +60,7 @@ def fitting_kernel(
         error = refusal(lambda: found.append(select(options.kernel, fitting_call(*all_given))))
         tensors = zip(("q", "k", "v", "sinks"), (q, k, v, sinks), strict=True)
         terms = ", ".join([*(f"{name} {_shared(x)}" for name, x in tensors), asked])
-        terms += f", kernel {found[0].__name__}" if found else ""
+        terms += f", seed {seed}, kernel {found[0].__name__}" if found else ""
         agree(sequence.topology, asked, terms, error, "cpu" if error else q.device.type)
         (kernel,) = found
         if len(sequence.served) >= KEPT_CALLS:
@@ -63,10 +70,10 @@ def fitting_kernel(
 
 
 def kernel_for(
-    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool, grouped: bool
+    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool
 ) -> Kernel:
     """The kernel for queries like `q`. Raises ValueError if none can serve them."""
-    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient, grouped))
+    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient))
 
 
 def _seen(x: object) -> Hashable:
@@ -101,6 +108,7 @@ def fitting_call(
     _check_sequences(sequence, keys)
     _check_tensors({"q": q, "k": k, "v": v})
     _check_lengths(q, k, sequence, keys)
+    _check_sums(q.dtype, sequence.topology.sums_dtype)
     heads = q.shape[2]
     if sinks is not None and not (
         isinstance(sinks, Tensor) and sinks.shape == (heads,) and sinks.device == q.device
@@ -110,15 +118,12 @@ def fitting_call(
             f"sinks must be a tensor [{heads}] on {q.device}, one logit for each query head; "
             f"got {came}"
         )
-    copies = kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
-    grouped = heads != k.shape[2] * copies
+    kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
     lse_gradient = trained and (options.return_lse or sinks is not None)
-    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient, grouped)
+    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient)
 
 
-def _call(
-    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool, grouped: bool
-) -> Call:
+def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool) -> Call:
     return Call(
         q.device.type,
         q.dtype,
@@ -126,10 +131,10 @@ def _call(
         v_head_dim,
         softcap=options.softcap is not None,
         scale=q.shape[3] ** -0.5 if options.scale is None else options.scale,
-        grouped=grouped,
         windowed=plan.windowed,
         num_regions=plan.num_regions,
         lse_gradient=lse_gradient,
+        dropout=options.dropout_p > 0,
     )
 
 
@@ -145,11 +150,21 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"scale must be None or a finite number; got {scale}")
     if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < inf):
         raise ValueError(f"softcap must be None or a finite number above 0; got {softcap}")
-    if options.dropout_p != 0 or options.dropout_seed is not None:
-        raise NotImplementedError(
-            f"attention dropout is not implemented; got dropout_p={options.dropout_p}, "
-            f"dropout_seed={options.dropout_seed}. Use 0 and None."
+    p, seed = options.dropout_p, options.dropout_seed
+    if not (isinstance(p, int | float) and 0 <= p < 1):
+        raise ValueError(f"dropout needs 0 <= dropout_p < 1; got dropout_p={p}")
+    if not _seeds(p, seed):
+        raise ValueError(
+            f"dropout_p={p} needs a dropout_seed from 0 to 2**63 - 1, one for all ranks of the "
+            f"sequence and another for each layer and step; got {seed}"
         )
+
+
+def _seeds(p: float, seed: object) -> bool:
+    """Whether a seed, or none, goes with a probability of dropout."""
+    if seed is None:
+        return p == 0
+    return isinstance(seed, int) and 0 <= seed < 1 << 63
 
 
 def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:
@@ -164,6 +179,14 @@ def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:
         )
     for source in range(sequence.topology.ring_size):
         sequence.plan(keys).tiles(source)
+
+
+def _check_sums(dtype: torch.dtype, sums_dtype: torch.dtype | None) -> None:
+    if sums_dtype not in (None, dtype, accumulation_dtype(dtype)):
+        raise ValueError(
+            f"sums_dtype must be None, {dtype} or {accumulation_dtype(dtype)} for q of {dtype}; "
+            f"the topology was built with {sums_dtype}"
+        )
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:

@@ -6,11 +6,15 @@ them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise, takewhile
 from operator import index
 
 Shard = tuple[range, ...]
-Layout = Callable[[int, int], tuple[Shard, ...]]
+Work = Callable[[range], int]
+"""The work of the queries at some positions, in visible pairs."""
+
+EVEN_ENOUGH = 0.98
+"""Share of an even spread of work with which `balanced` is content."""
 
 
 def contiguous(seq_len: int, size: int) -> tuple[Shard, ...]:
@@ -40,7 +44,24 @@ def zigzag(seq_len: int, size: int) -> tuple[Shard, ...]:
     return tuple(tuple(span for span in pair if span) for pair in pairs)
 
 
-LAYOUTS: dict[str, Layout] = {"contiguous": contiguous, "striped": striped, "zigzag": zigzag}
+def balanced(seq_len: int, size: int, work: Work = len) -> tuple[Shard, ...]:
+    """Every rank holds 1, 2, 4, ... or 64 chunks, whichever first spreads the work evenly (or the
+    best of them), so that packed documents weigh the same on all ranks.
+
+    The heaviest chunk goes to the rank with the least work so far. Under a causal mask that is
+    zigzag, under a full one contiguous.
+    """
+    best, best_share = contiguous(seq_len, size), 0.0
+    for chunks in takewhile(lambda n: n <= min(64, seq_len // size), (1 << n for n in count())):
+        owners, share = _owners([work(x) for x in _stretches(_even(seq_len, size * chunks))], size)
+        if share > best_share:
+            best, best_share = (
+                _held(owners, [_even(n, chunks) for n in _even(seq_len, size)]),
+                share,
+            )
+        if share >= EVEN_ENOUGH:
+            break
+    return best
 
 
 @dataclass(frozen=True)
@@ -81,8 +102,19 @@ class ZigzagDocuments:
         return f"zigzag in each of {len(self.cu_seqlens) - 1} documents"
 
 
-def shards(seq_len: int, size: int, layout: str | ZigzagDocuments) -> tuple[Shard, ...]:
-    """The shard of each of `size` ranks of a sequence of `seq_len` tokens.
+LAYOUTS: dict[str, Callable[..., tuple[Shard, ...]]] = {
+    "contiguous": contiguous,
+    "striped": striped,
+    "zigzag": zigzag,
+    "balanced": balanced,
+}
+
+
+def shards(
+    seq_len: int, size: int, layout: str | ZigzagDocuments, work: Work = len
+) -> tuple[Shard, ...]:
+    """The shard of each of `size` ranks of a sequence of `seq_len` tokens; only "balanced" asks for
+    `work`.
 
     Raises ValueError for an unknown layout, a size below 1, or fewer tokens than ranks.
     """
@@ -97,7 +129,8 @@ def shards(seq_len: int, size: int, layout: str | ZigzagDocuments) -> tuple[Shar
             f"a sequence over {size} ranks needs at least {size} tokens; got {seq_len}. "
             f"Use a longer sequence or fewer sequence-parallel ranks."
         )
-    return LAYOUTS[layout](seq_len, size)
+    of_work = (work,) if layout == "balanced" else ()
+    return LAYOUTS[layout](seq_len, size, *of_work)
 
 
 def whole_number(name: str, value: int) -> int:
@@ -125,6 +158,29 @@ def _even(total: int, parts: int) -> list[int]:
 
 def _stretches(lens: Sequence[int]) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(accumulate(lens, initial=0))]
+
+
+def _owners(works: Sequence[int], size: int) -> tuple[list[int], float]:
+    """A rank for each chunk, as many for each, and the mean work of a rank by the most of one."""
+    loads, counts, owners = [0] * size, [0] * size, [0] * len(works)
+    for chunk in sorted(range(len(works)), key=lambda chunk: -works[chunk]):
+        free = (rank for rank in range(size) if counts[rank] < len(works) // size)
+        rank = owners[chunk] = min(free, key=lambda rank: loads[rank])
+        loads[rank] += works[chunk]
+        counts[rank] += 1
+    return owners, sum(loads) / size / max(1, *loads)
+
+
+def _held(owners: Sequence[int], lens: Sequence[Sequence[int]]) -> tuple[Shard, ...]:
+    """The shard of each rank, which owns chunks of `lens` tokens in this order."""
+    left, stop = list(map(iter, lens)), 0
+    held: list[list[range]] = [[] for _ in lens]
+    for owner in owners:
+        start, stop = stop, stop + next(left[owner])
+        if held[owner] and held[owner][-1].stop == start:
+            start = held[owner].pop().start
+        held[owner].append(range(start, stop))
+    return tuple(map(tuple, held))
 
 
 def _take(shard: Shard, start: int, stop: int) -> Shard:

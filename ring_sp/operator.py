@@ -13,12 +13,13 @@ from torch import Tensor
 from ring_sp.fit import Options, fitting_kernel, kernel_for
 from ring_sp.kernels import Kernel
 from ring_sp.kernels.contract import Rows, accumulation_dtype
-from ring_sp.passes import Setting, Wire, attend, gradients
+from ring_sp.passes import Drops, Setting, Wire, attend, gradients
 from ring_sp.sequence import ShardedSequence, numbered
 from ring_sp.ulysses import kv_replication, to_heads, to_sequence
 
 _OPTIONS = (
-    "float? scale, float? softcap, float dropout_p, int? dropout_seed, str kernel, bool return_lse"
+    "float? scale, float? softcap, float dropout_p, SymInt? dropout_seed, str kernel, "
+    "bool return_lse"
 )
 _PLACE = "int sequence, int kv_sequence, int peers"
 
@@ -70,7 +71,8 @@ def _typed(
         and (sinks is None or isinstance(sinks, Tensor))
         and all(isinstance(x, int | float | None) for x in (options.scale, options.softcap))
         and isinstance(options.dropout_p, int | float)
-        and isinstance(options.dropout_seed, int | None)
+        and isinstance(options.dropout_seed, int | torch.SymInt | None)
+        and (options.dropout_seed is None or abs(options.dropout_seed) < 1 << 63)
         and isinstance(options.kernel, str)
         and isinstance(options.return_lse, bool)
     )
@@ -105,7 +107,7 @@ def attention(
     q, k, v = to_heads(q, ulysses, lens), *(to_heads(x, ulysses, keys.peer_lens) for x in (k, v))
     q, wire = _dense(q), Wire.of(k, v)
     kv = wire.join(k, v)
-    setting = _setting(sequence, keys, chosen, Options(*options), q.shape[3])
+    setting = _setting(sequence, keys, chosen, Options(*options), q)
     out, lse = attend(q, kv, wire, setting)
     if peers == 1:
         return out, lse, kv, *(q.new_empty(0) for _ in range(3))
@@ -170,9 +172,8 @@ def attention_backward(
     q = _dense(q)
     copies = kv_replication(q.shape[2] * peers, kv_heads, peers)
     wire = Wire(q.shape[0], kv_heads * copies // peers, q.shape[3], out.shape[3])
-    grouped = wire.kv_heads != q.shape[2]
-    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient, grouped)
-    setting = _setting(sequence, keys, chosen, options, q.shape[3])
+    chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient)
+    setting = _setting(sequence, keys, chosen, options, q)
     dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
     if peers == 1:
         return dq, dkv
@@ -242,10 +243,17 @@ def _setting(
     keys: ShardedSequence,
     kernel: Kernel,
     options: Options,
-    head_dim: int,
+    q: Tensor,
 ) -> Setting:
+    """For queries with the heads that the ring sees."""
+    heads, head_dim = q.shape[2:]
     scale = head_dim**-0.5 if options.scale is None else options.scale
-    return Setting(sequence.plan(keys), kernel, scale, options.softcap)
+    topology, drops = sequence.topology, None
+    if options.dropout_p and options.dropout_seed is not None:
+        peers, seed = topology.ulysses, options.dropout_seed
+        drops = Drops(options.dropout_p, seed, peers.rank * heads, peers.size * heads, q.device)
+    plan, travels = sequence.plan(keys), topology.sums_dtype
+    return Setting(plan, kernel, scale, options.softcap, travels, drops)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,19 @@ from torch import Tensor
 from ring_sp.kernels import Kernel, Step
 from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_state
 from ring_sp.kernels.delta import delta
+from ring_sp.kernels.dropout import Dropout
+from ring_sp.plan import Plan
 from ring_sp.ring import Message, ring_pass
-from ring_sp.sequence import Plan
+
+
+class Drops(NamedTuple):
+    """What of `kernels.dropout.Dropout` does not depend on the visit."""
+
+    p: float
+    seed: int
+    first_head: int
+    num_heads: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -21,11 +33,18 @@ class Setting:
     kernel: Kernel
     scale: float
     softcap: float | None
+    sums_dtype: torch.dtype | None = None
+    """In which sums of gradients travel, if somebody asked."""
+    drops: Drops | None = None
 
     def step(self, source: int) -> Step:
-        plan = self.plan
+        plan, drops = self.plan, self.drops
         final, derived = source == plan.final, plan.derived[source]
-        return Step(plan.tiles(source), self.scale, self.softcap, final, derived)
+        dropout = None
+        if drops is not None:
+            places = plan.positions(source, drops.device)
+            dropout = Dropout(drops.p, drops.seed, *places, drops.first_head, drops.num_heads)
+        return Step(plan.tiles(source), self.scale, self.softcap, final, dropout, derived)
 
 
 @dataclass(frozen=True)
@@ -156,7 +175,7 @@ def gradients(
 
     Keys go round, with the sums of their gradients; or queries, if that is fewer bytes.
     """
-    travels = sums_dtype(q.dtype, setting.plan.stations)
+    travels = setting.sums_dtype or sums_dtype(q.dtype, setting.plan.stations)
     if queries_travel(QueryWire.of(q, wire), wire, setting, q.dtype.itemsize, travels.itemsize):
         return _by_queries(q, kv, wire, rows, setting, travels)
     return _by_keys(q, kv, wire, rows, setting, travels)
@@ -173,13 +192,14 @@ def _by_keys(
 ) -> tuple[Tensor, Tensor]:
     plan, dtype = setting.plan, accumulation_dtype(q.dtype)
     own_dtype = q.dtype if plan.stations == 1 or setting.kernel.ROUNDS else dtype
+    other_dtype = q.dtype if setting.kernel.ROUNDS else travels
     dq: Tensor | None = None
     kept: Tensor | None = None
 
     def visit(seen: Tensor, source: int) -> Tensor:
         nonlocal dq, kept
         own = source == plan.rank
-        dkv = torch.empty_like(seen, dtype=own_dtype if own else travels)
+        dkv = torch.empty_like(seen, dtype=own_dtype if own else other_dtype)
         with torch.autocast(seen.device.type, enabled=False):
             dq = setting.kernel.backward(
                 q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
@@ -205,13 +225,18 @@ def _by_queries(
         nonlocal dkv, kept
         own = source == plan.rank
         theirs, their_rows = (q, rows) if own else queries.split(seen, plan.q_lens[source], q.dtype)
-        part = torch.empty_like(kv, dtype=dtype)
+        part = torch.empty_like(kv, dtype=q.dtype if setting.kernel.ROUNDS else dtype)
         step = replace(turned.step(source), final=travels == q.dtype and not own)
         with torch.autocast(seen.device.type, enabled=False):
             dq = setting.kernel.backward(
                 theirs, wire.split(kv), their_rows, step, None, wire.split(part)
             )
-        dkv = part if dkv is None else dkv.add_(part)
+        if source != plan.final:
+            dkv = part if dkv is None else dkv.to(dtype).add_(part)
+        elif dkv is None or dkv.dtype != kv.dtype:
+            dkv = _sum(kv, dkv, part)
+        else:
+            dkv.add_(part)
         kept = dq if own else kept
         return dq.to(travels).flatten()
 
@@ -224,10 +249,13 @@ def _by_queries(
     )
     others = ring_pass(queries.join(q, rows), plan.path, visit, message)
     dq = _sum(q, kept, None if others is None else others.view(q.shape))
-    return dq, torch.zeros_like(kv) if dkv is None else dkv.to(kv.dtype)
+    return dq, torch.zeros_like(kv) if dkv is None else dkv
 
 
-def _sum(like: Tensor, *parts: Tensor | None) -> Tensor:
-    """The sum of the parts that exist, in the dtype of `like`."""
-    one, *more = [part for part in parts if part is not None] or [torch.zeros_like(like)]
-    return torch.add(one, *more, out=torch.empty_like(like)) if more else one.to(like.dtype)
+def _sum(like: Tensor, own: Tensor | None, others: Tensor | None) -> Tensor:
+    """The sum of what there is, in the dtype of `like`; others' memory is the exchange's."""
+    if own is None:
+        return torch.zeros_like(like) if others is None else others.to(like.dtype, copy=True)
+    if others is None:
+        return own.to(like.dtype)
+    return torch.add(own, others, out=torch.empty_like(like))

@@ -5,7 +5,7 @@ Forward, backward, double ring and early stop are the same `ring_pass` (arXiv:23
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -13,11 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring_sp.symmetric import Copies, Memory, Room
+
 Visit = Callable[[Tensor, int], Tensor | None]
 Needs = Callable[[int, int], bool]
 
 DATA, SUMS = 0, 1
 """Tags of messages: a tensor, or the sums that follow it."""
+HOME = 0
+"""The slot of sums that are complete; those under way take turns with the two after it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Axis:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    memory: Memory | None = field(default=None, compare=False)
+    """Where messages are copied to, if they are not sent through the group."""
+
+    def transfer(self, tag: int) -> "Transfer | Copies":
+        return Copies(self.memory, tag) if self.memory else Transfer(self, tag)
 
 
 class Transfer:
@@ -39,11 +48,12 @@ class Transfer:
         self._ops: list[dist.P2POp] = []
         self._works: list[dist.Work] = []
 
-    def send(self, tensor: Tensor, to: int) -> None:
+    def send(self, tensor: Tensor, to: int, _slot: int) -> None:
         self._add(dist.isend, tensor, to)
 
-    def receive(self, tensor: Tensor, source: int) -> Tensor:
-        """Returns `tensor`, whose content is undefined until `wait`."""
+    def receive(self, room: Room, source: int, _slot: int) -> Tensor:
+        """A tensor whose content is undefined until `wait`."""
+        tensor = torch.empty(room.numel, dtype=room.dtype, device=room.device)
         self._add(dist.irecv, tensor, source)
         return tensor
 
@@ -85,12 +95,21 @@ class Message:
             sums_numel=lambda number: sums(source_of(number)),
         )
 
-    def buffer(self, source: int) -> Tensor:
-        return torch.empty(self.numel(source), dtype=self.dtype, device=self.device)
+    def reserve(self, memory: Memory, size: int) -> None:
+        """Memory for the messages of all sources. Collective where it grows."""
+        for tag, numel, dtype in (
+            (DATA, self.numel, self.dtype),
+            (SUMS, self.sums_numel or self.numel, self.sums_dtype),
+        ):
+            if dtype is not None:
+                memory.reserve(tag, max(map(numel, range(size))) * dtype.itemsize, self.device)
 
-    def sums_buffer(self, source: int) -> Tensor:
-        numel = (self.sums_numel or self.numel)(source)
-        return torch.empty(numel, dtype=self.sums_dtype, device=self.device)
+    def room(self, source: int) -> Room:
+        return Room(self.numel(source), self.dtype, self.device)
+
+    def sums_room(self, source: int) -> Room:
+        assert self.sums_dtype is not None, "there are sums"
+        return Room((self.sums_numel or self.numel)(source), self.sums_dtype, self.device)
 
 
 class Path:
@@ -192,14 +211,17 @@ def ring_pass(x: Tensor | None, path: Path, visit: Visit, message: Message) -> T
             tensor, path.inner(source), lambda seen, peer: visit(seen, base + peer), inner
         )
 
+    if ring.memory is not None:
+        outer.reserve(ring.memory, ring.size)
     sums, held = _Sums(path, outer), x
+    del x  # A message that nobody else keeps goes once it is sent.
     for hop in range(ring.size):
         source, following = (ring.rank - hop) % ring.size, (ring.rank - hop - 1) % ring.size
-        transfer, arriving = Transfer(ring, DATA), None
+        transfer, arriving = ring.transfer(DATA), None
         if held is not None and hop < path.last[source]:
-            transfer.send(held, ring.rank + 1)
+            transfer.send(held, ring.rank + 1, hop % 2)
         if hop < path.last[following]:
-            arriving = transfer.receive(outer.buffer(following), ring.rank - 1)
+            arriving = transfer.receive(outer.room(following), ring.rank - 1, hop % 2)
         transfer.start()
         seen = show(held, source)
         if message.sums_dtype is not None:
@@ -216,7 +238,7 @@ class _Sums:
 
     def __init__(self, path: Path, message: Message) -> None:
         self._path, self._ring, self._message = path, path.rings[0], message
-        self._transfer = Transfer(self._ring, SUMS)
+        self._transfer = self._ring.transfer(SUMS)
         self._arrived: Tensor | None = None
         self._home: Tensor | None = None
 
@@ -227,20 +249,24 @@ class _Sums:
         ring, sums, message = self._ring, self._path.sums, self._message
         self._transfer.wait()
         total = self._arrived
-        if seen is not None:
-            total = seen if total is None else total.add_(seen)
-        self._transfer, self._arrived = Transfer(ring, SUMS), None
+        if seen is not None and total is not None:
+            total.add_(seen)
+        elif seen is not None:
+            total = seen.to(message.sums_dtype)
+        self._transfer, self._arrived = ring.transfer(SUMS), None
         if total is not None and hop < sums[source][1]:
-            self._transfer.send(total, ring.rank + 1)
+            self._transfer.send(total, ring.rank + 1, 1 + hop % 2)
         elif total is not None and hop:
-            self._transfer.send(total, source)
+            self._transfer.send(total, source, HOME)
         elif total is not None:
             self._home = total
         following, (_, last) = (ring.rank - hop - 1) % ring.size, sums[ring.rank]
         if sums[following][0] <= hop < sums[following][1]:
-            self._arrived = self._transfer.receive(message.sums_buffer(following), ring.rank - 1)
+            room = message.sums_room(following)
+            self._arrived = self._transfer.receive(room, ring.rank - 1, 1 + hop % 2)
         if hop == last and hop:
-            self._home = self._transfer.receive(message.sums_buffer(ring.rank), ring.rank + hop)
+            room = message.sums_room(ring.rank)
+            self._home = self._transfer.receive(room, ring.rank + hop, HOME)
         self._transfer.start()
 
     def finish(self) -> Tensor | None:

@@ -1,8 +1,7 @@
 """Where one sequence lives: the join of topology, layout and mask."""
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator
-from functools import cache, cached_property
+from collections.abc import Hashable
+from functools import cached_property
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -16,10 +15,9 @@ from torch.autograd.function import FunctionCtx
 from ring_sp import layout as layouts
 from ring_sp import masks
 from ring_sp.agreement import agree, refusal
-from ring_sp.layout import Shard, ZigzagDocuments, shard_len, whole_number
-from ring_sp.masks import Mask, Tile
-from ring_sp.regions import Regions
-from ring_sp.ring import Axis, Path, visiting_order
+from ring_sp.layout import ZigzagDocuments, shard_len, whole_number
+from ring_sp.masks import Mask
+from ring_sp.plan import Plan, positions
 from ring_sp.topology import Topology
 
 
@@ -59,13 +57,13 @@ class ShardedSequence:
                 f"a sequence over {self.topology.size} ranks needs at least that many tokens; "
                 f"got {seq_len}. Use a longer sequence or fewer sequence-parallel ranks."
             )
-        self.ring_shards = layouts.shards(seq_len, self.topology.ring_size, layout)
+        self._regions = self.mask.regions(seq_len)
+        self.ring_shards = layouts.shards(seq_len, self.topology.ring_size, layout, self._work)
         """The tokens at each station of the ring: those of all Ulysses peers there."""
         self.shards = tuple(
             piece for shard in self.ring_shards for piece in layouts.split(shard, peers)
         )
         """The tokens of each rank."""
-        self._regions = self.mask.regions(seq_len)
         self.number = next(_NUMBERS)
         """Its name where only numbers and tensors can go; see `numbered`."""
         _NUMBERED[self.number] = self
@@ -92,7 +90,7 @@ class ShardedSequence:
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """Global positions of this rank's tokens, int64 [local_len]."""
-        return _positions(self.shards[self.topology.rank], device)
+        return positions(self.shards[self.topology.rank], device)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a tensor that every rank holds whole, seq_len long along `dim`.
@@ -139,6 +137,11 @@ class ShardedSequence:
     def __str__(self) -> str:
         return f"{self.seq_len} tokens, {self.layout} over {self.topology.size} ranks, {self.mask}"
 
+    def _work(self, span: range) -> int:
+        """Pairs that the queries at some positions see."""
+        tiles = self._regions.tiles((span,), (range(self.seq_len),))
+        return sum(tile.area for tile in tiles)
+
     def _check_len(self, x: Tensor, dim: int, length: int, what: str) -> None:
         if not isinstance(x, Tensor):
             raise ValueError(f"{what} must be a tensor; got {type(x)}")
@@ -160,71 +163,6 @@ def numbered(number: int) -> ShardedSequence:
     if sequence is None:
         raise RuntimeError("the sequence of this call is gone: keep it until the backward is done")
     return sequence
-
-
-class Plan:
-    """The tiles in which the queries of each station of a ring meet the keys of each other.
-
-    The keys go round and each rank visits those that its queries see; in a `turned` plan the
-    queries go round, and each rank visits those that see its keys.
-    """
-
-    def __init__(
-        self,
-        q_shards: tuple[Shard, ...],
-        kv_shards: tuple[Shard, ...],
-        regions: Regions,
-        rings: tuple[Axis, ...],
-        turned: bool = False,
-    ) -> None:
-        self._facts = q_shards, kv_shards, regions, rings
-        self._order = visiting_order(rings)
-        self.rank = self._order[0]
-        """This station's number: what is its own is the first that it visits."""
-        self.stations = len(kv_shards)
-        self.q_lens = tuple(map(shard_len, q_shards))
-        """Queries of each station, in tokens."""
-        self.kv_lens = tuple(map(shard_len, kv_shards))
-
-        def meet(rank: int, source: int) -> Iterator[Tile]:
-            """Where what is a rank's own and what comes from a source see each other."""
-            queries, keys = (source, rank) if turned else (rank, source)
-            return regions.tiles(q_shards[queries], kv_shards[keys])
-
-        @cache
-        def needs(rank: int, source: int) -> bool:
-            """Whether what is a rank's own and what comes from a source see each other."""
-            return next(meet(rank, source), None) is not None
-
-        self.meet, self.needs = meet, needs
-        self.path = Path(rings, needs)
-        """The way of what goes round to those who need it."""
-        self.num_regions = sum(1 for _ in regions)
-        """Regions of the mask."""
-        q_len = sum(self.q_lens)
-        self.windowed = any(
-            region.left < min(region.q_stop, q_len) - 1 - region.k_start for region in regions
-        )
-        """Whether the mask hides keys on the left of a diagonal."""
-        self._tiles: dict[int, tuple[Tile, ...]] = {}
-        self.derived: defaultdict[int, dict[Hashable, Any]] = defaultdict(dict)
-        """What kernels keep with the tiles of each source; see `kernels.contract.Step`."""
-
-    @cached_property
-    def final(self) -> int | None:
-        """The last source that this rank visits; None if it sees nothing."""
-        return next((s for s in reversed(self._order) if self.needs(self.rank, s)), None)
-
-    def tiles(self, source: int) -> tuple[Tile, ...]:
-        """Where what is this rank's own and what comes from `source` see each other."""
-        if source not in self._tiles:
-            self._tiles[source] = tuple(self.meet(self.rank, source))
-        return self._tiles[source]
-
-    @cached_property
-    def turned(self) -> "Plan":
-        """The plan in which the queries go round."""
-        return Plan(*self._facts, turned=True)
 
 
 class _Shard(torch.autograd.Function):
@@ -267,11 +205,5 @@ def _gather(x: Tensor, sequence: ShardedSequence, dim: int) -> Tensor:
     dist.all_gather(parts, sent.contiguous(), group=sequence.topology.group)
     whole = x.new_empty(sequence.seq_len, *sent.shape[1:])
     for part, length, shard in zip(parts, lens, sequence.shards, strict=True):
-        whole[_positions(shard, x.device)] = part[:length]
+        whole[positions(shard, x.device)] = part[:length]
     return whole.transpose(0, dim)
-
-
-def _positions(shard: Shard, device: torch.device | str | None) -> Tensor:
-    return torch.cat(
-        [torch.arange(span.start, span.stop, span.step, device=device) for span in shard]
-    )

@@ -1,7 +1,7 @@
 """Process groups: rings orthogonal to the data, tensor and pipeline groups."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from math import prod
 from typing import Any
@@ -12,9 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ring_sp.layout import whole_number
 from ring_sp.ring import Axis
+from ring_sp.symmetric import Memory
 
 AXES = ("pipeline", "data", "outer", "ring", "ulysses", "tensor")
 """The axes of a world, slowest first: Megatron's rank order, tensor ranks adjacent."""
+
+EXCHANGES = ("messages", "copies")
+"""How a ring moves tensors."""
 
 SEQUENCE = ("outer", "ring", "ulysses")
 """The axes over which one sequence is spread."""
@@ -31,6 +35,8 @@ class Topology:
     ring: Axis = Axis()
     ulysses: Axis = Axis()
     group: dist.ProcessGroup | None = None
+    sums_dtype: torch.dtype | None = None
+    """In which sums of gradients travel, if it is not for the ring to choose."""
     agreements: dict[str, None] = field(default_factory=dict, compare=False, repr=False)
     """What its ranks have agreed on, oldest first; see agreement.py."""
 
@@ -84,15 +90,22 @@ class ProcessGroupManager:
         outer: int = 1,
         pipeline: int = 1,
         device_type: str | None = None,
+        exchange: str = "messages",
+        sums_dtype: torch.dtype | None = None,
     ) -> "ProcessGroupManager":
         """Divide the world into the axes of `AXES`; data is what is left. Collective over the
         world.
 
         `device_type` is that of the tensors to send: by default "cuda" where there is one and the
-        default group serves it, else "cpu". Without torch.distributed the world is one process.
-        Raises ValueError, before any communication, for sizes below 1 or that do not divide the
-        world.
+        default group serves it, else "cpu". `exchange` is how rings move tensors: in "messages" of
+        their groups' backend, or in "copies" by the GPUs' copy engines into memory of their own,
+        where all GPUs of a ring are in one host (symmetric.py). `sums_dtype` is that of gradients
+        under way: q's or float32, by default q's between two ranks and float32 among more. Without
+        torch.distributed the world is one process. Raises ValueError, before any communication,
+        for an unknown exchange, sizes below 1 or that do not divide the world, and
+        NotImplementedError where copies cannot be.
         """
+        _check_exchange(exchange)
         sizes = {
             "pipeline": pipeline,
             "outer": outer,
@@ -110,23 +123,28 @@ class ProcessGroupManager:
         axes = {name: _axis(mesh.get_group(name)) for name in AXES}
         for name, joined in (("sequence", SEQUENCE), ("data_sequence", ("data", *SEQUENCE))):
             axes[name] = _joined(axes, mesh, joined)
-        outer_axis, ring_axis, ulysses_axis = (axes[name] for name in SEQUENCE)
-        return cls(
-            Topology(outer_axis, ring_axis, ulysses_axis, axes["sequence"].group), axes, mesh
-        )
+        return cls(_topology(axes, exchange, sums_dtype), axes, mesh)
 
     @classmethod
     def from_group(
-        cls, group: dist.ProcessGroup, *, ulysses: int = 1, outer: int = 1
+        cls,
+        group: dist.ProcessGroup,
+        *,
+        ulysses: int = 1,
+        outer: int = 1,
+        exchange: str = "messages",
+        sums_dtype: torch.dtype | None = None,
     ) -> "ProcessGroupManager":
         """Subdivide a host's sequence-parallel group into outer x ring x Ulysses; the ring is what
         is left.
 
         Where `ulysses` or `outer` exceeds 1 this makes new groups, and every rank of the world must
-        call it at one point, each with its own group; else it communicates with nobody.
-        Raises ValueError, before any communication, for sizes below 1 or that do not divide the
-        group.
+        call it at one point, each with its own group; else it communicates with nobody but, for
+        copies, the group. `exchange` and `sums_dtype` as in `build`. Raises ValueError, before any
+        communication, for an unknown exchange, sizes below 1 or that do not divide the group, and
+        NotImplementedError where copies cannot be.
         """
+        _check_exchange(exchange)
         ranks = dist.get_process_group_ranks(group)
         for name, size in (("ulysses", ulysses), ("outer", outer)):
             _check_size(name, size)
@@ -138,7 +156,7 @@ class ProcessGroupManager:
         shape = (outer, len(ranks) // (outer * ulysses), ulysses)
         axes = dict(zip(SEQUENCE, _parts(group, shape), strict=True))
         axes["sequence"] = _axis(group)
-        return cls(Topology(axes["outer"], axes["ring"], axes["ulysses"], group), axes)
+        return cls(_topology(axes, exchange, sums_dtype), axes)
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """This rank's group of an axis of `AXES`, of "sequence", or of "data_sequence" (where
@@ -193,6 +211,23 @@ def _check_size(name: str, size: int) -> None:
 
 def _axis(group: dist.ProcessGroup) -> Axis:
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def _check_exchange(exchange: str) -> None:
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}; got {exchange!r}")
+
+
+def _exchanging(axis: Axis, exchange: str) -> Axis:
+    """The axis with the memory that an exchange needs."""
+    if exchange == "messages" or axis.group is None or axis.size == 1:
+        return axis
+    return replace(axis, memory=Memory(axis.group))
+
+
+def _topology(axes: dict[str, Axis], exchange: str, sums_dtype: torch.dtype | None) -> Topology:
+    outer, ring = (_exchanging(axes[name], exchange) for name in ("outer", "ring"))
+    return Topology(outer, ring, axes["ulysses"], axes["sequence"].group, sums_dtype)
 
 
 def _device_type() -> str:

@@ -18,9 +18,10 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S, H, Dv], lse [B, H, S]) of q [B, S, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv,
-    Dv].
+    Dv]; `kept` [B, H, S, Sk] is what dropout makes of each weight.
     """
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -34,6 +35,7 @@ def attention(
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     weights = scores.softmax(-1)[..., : k.shape[1]] * visible.any(-1, keepdim=True)
+    weights = weights if kept is None else weights * kept
     lse = scores.logsumexp(-1)
     if sinks is None:
         lse = lse.masked_fill(~visible.any(-1), -torch.inf)

@@ -19,7 +19,12 @@ from ring_sp.regions import UNBOUNDED, Regions, Tile
 
 HEADS = [(2, 2), (4, 2), (4, 1), (6, 3)]
 DIMS = [(8, 8), (16, 8), (16, 32), (64, 64)]
-COMPILED = [((4, 2), (64, 64), None), ((2, 2), (128, 64), None), ((4, 1), (128, 128), 1.5)]
+COMPILED = [
+    ((4, 2), (64, 64), None),
+    ((2, 2), (128, 128), None),
+    ((2, 2), (128, 64), None),
+    ((4, 1), (128, 128), 1.5),
+]
 """Heads, head dims and softcap on a GPU, where some backends compile a kernel for each."""
 
 
@@ -46,7 +51,6 @@ class Problem:
             *self.dims,
             self.softcap is not None,
             self.scale,
-            grouped=self.heads[0] != self.heads[1],
             windowed=any(region.left < UNBOUNDED for region in self.regions),
             num_regions=len(self.tiles),
             lse_gradient=self.lse_gradient,

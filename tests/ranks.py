@@ -7,9 +7,14 @@ from ring_sp import ProcessGroupManager
 
 
 @cache
-def groups(tensor: int = 1, ring: int = 1, ulysses: int = 1, outer: int = 1) -> ProcessGroupManager:
+def groups(
+    tensor: int = 1, ring: int = 1, ulysses: int = 1, outer: int = 1, copies: int = 0
+) -> ProcessGroupManager:
     """The groups of this world with these sizes, built once a process."""
-    return ProcessGroupManager.build(tensor=tensor, ring=ring, ulysses=ulysses, outer=outer)
+    exchange = "copies" if copies else "messages"
+    return ProcessGroupManager.build(
+        tensor=tensor, ring=ring, ulysses=ulysses, outer=outer, exchange=exchange
+    )
 
 
 def raised(function, *args, **kwargs) -> str:  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ from torch import Tensor
 from visibility import cases
 
 from ring_sp import ShardedSequence, ring_attention
+from ring_sp.kernels.dropout import Dropout
 
 Heads = tuple[int, int]
 
@@ -30,6 +31,12 @@ class Case:
     sinks: bool = False
     dtype: torch.dtype = torch.float64
     kernel: str = "auto"
+    dropout_p: float = 0.0
+
+    @property
+    def seed(self) -> int | None:
+        """Of dropout; it fills both words of a key."""
+        return 0x123456789ABCDE if self.dropout_p else None
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -72,7 +79,13 @@ def wanted(case: Case, seed: int) -> list[Tensor]:
     """Whole out, lse, dq, dk, dv, dsinks, unsharded."""
     (q, k, v, sinks), (dout, dlse) = inputs(case, seed)
     visible = dense_mask(cases(max(q.shape[1], k.shape[1]))[case.mask][1], q.shape[1], k.shape[1])
-    out, lse = attention(q, k, v, visible, case.scale, case.softcap, sinks if case.sinks else None)
+    kept = None
+    if case.seed is not None:
+        q_at, k_at = (torch.arange(x.shape[1], dtype=torch.int32) for x in (q, k))
+        drops = Dropout(case.dropout_p, case.seed, q_at, k_at, 0, q.shape[2])
+        kept = drops.kept(q.shape[0], q.shape[2], slice(None), slice(None), q.dtype)
+    given = sinks if case.sinks else None
+    out, lse = attention(q, k, v, visible, case.scale, case.softcap, given, kept)
     finite = lse.masked_fill(lse.isinf(), 0)
     loss = (out * dout).sum() + (finite * dlse).sum() + 0 * sinks.sum()
     return [out, lse, *torch.autograd.grad(loss, (q, k, v, sinks))]
@@ -92,6 +105,8 @@ def got(case: Case, seed: int, queries: ShardedSequence, keys: ShardedSequence) 
         scale=case.scale,
         softcap=case.softcap,
         sinks=parts[3] if case.sinks else None,
+        dropout_p=case.dropout_p,
+        dropout_seed=case.seed,
         kernel=case.kernel,
         return_lse=True,
     )

@@ -204,12 +204,6 @@ def checkpointed_equals_plain() -> bool:
     return all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_dropout_is_refused() -> None:
-    x = torch.zeros(1, 8, 2, 4)
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.1"):
-        ring_attention(x, x, x, ShardedSequence(8), dropout_p=0.1)
-
-
 def test_autocast_does_not_reach_into_the_accumulation() -> None:
     seq = ShardedSequence(40)
     q, k, v = (torch.randn(1, 40, 2, 16, requires_grad=True) for _ in range(3))
@@ -289,7 +283,7 @@ def test_a_kernel_is_told_what_it_must_know_to_refuse(monkeypatch: pytest.Monkey
     ring_attention(q, q, q, packed, softcap=2.0)
     ring_attention(q, k, v, plain, return_lse=True)
     ring_attention(q, k, v, plain, sinks=sinks)
-    call = Call("cpu", torch.float32, 8, 16, scale=0.5, grouped=True)
+    call = Call("cpu", torch.float32, 8, 16, scale=0.5)
     with_lse = replace(call, scale=8**-0.5, lse_gradient=True)
     windowed = Call(
         "cpu", torch.float32, 8, 8, softcap=True, scale=8**-0.5, windowed=True, num_regions=2

@@ -19,7 +19,11 @@ def topologies() -> list[dict[str, int]]:
     """Ways to spread a sequence over the GPUs at hand."""
     size = torch.cuda.device_count()
     split = [{"ring": size // 2, name: 2} for name in ("ulysses", "outer") if size % 2 == 0]
-    return [{"ring": size}, *(sizes for sizes in split if sizes["ring"] > 1 or "ulysses" in sizes)]
+    able = [sizes for sizes in split if sizes["ring"] > 1 or "ulysses" in sizes]
+    return [{"ring": size, "copies": 1}, {"ring": size}, *able]
+
+
+each_exchange = pytest.mark.parametrize("copies", [0, 1], ids=["messages", "copies"])
 
 
 def test_a_ring_that_stops_early_may_be_the_first_to_speak(gpu_world: World) -> None:
@@ -38,31 +42,57 @@ def test_equals_unsharded_attention(gpu_world: World, sizes: dict[str, int]) -> 
     assert_exact(gpu_world, sizes, [*every, Case(sinks=True, softcap=2.0), Case(kv_len=47)], 1e-11)
 
 
+@each_exchange
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_low_precision_is_near(gpu_world: World, dtype: torch.dtype, bound: float) -> None:
+def test_low_precision_is_near(
+    gpu_world: World, dtype: torch.dtype, bound: float, copies: int
+) -> None:
     asked = ("causal", "documents", "spans", "window")
     low = [Case(mask, dtype=dtype, seq_len=96) for mask in asked]
     low += [Case(mask, dtype=dtype, seq_len=700, head_dim=64, v_head_dim=64) for mask in asked]
-    assert_exact(gpu_world, {"ring": torch.cuda.device_count()}, low, bound)
+    assert_exact(gpu_world, {"ring": torch.cuda.device_count(), "copies": copies}, low, bound)
 
 
+@each_exchange
 @pytest.mark.parametrize("name", KERNELS)
-def test_each_kernel_is_near_and_repeats_its_bits(gpu_world: World, name: str) -> None:
-    reason = KERNELS[name].refusal(
-        Call("cuda", torch.bfloat16, 64, 64, grouped=True, lse_gradient=True)
-    )
+def test_each_kernel_is_near_and_repeats_its_bits(gpu_world: World, name: str, copies: int) -> None:
+    reason = KERNELS[name].refusal(Call("cuda", torch.bfloat16, 64, 64, lse_gradient=True))
     if reason:
         pytest.skip(reason)
-    sizes = {"ring": torch.cuda.device_count()}
+    sizes = {"ring": torch.cuda.device_count(), "copies": copies}
     shape = Case(seq_len=700, head_dim=64, v_head_dim=64, dtype=torch.bfloat16, kernel=name)
     assert_exact(gpu_world, sizes, [shape, replace(shape, mask="documents")], 3e-2)
     assert all(gpu_world.run(repeats, sizes, shape))
 
 
-def replayed() -> float:
+def same_bits(copies: tuple[int, ...]) -> bool:
+    """Whether rings that differ in their exchange alone give the same, many times over."""
+    case = Case(seq_len=4096, heads=(8, 2), head_dim=64, v_head_dim=64, dtype=torch.bfloat16)
+    (q, k, v, _), _ = inputs(case, 0)
+    first: list[torch.Tensor] = []
+    torch.use_deterministic_algorithms(True)
+    for turn in range(20):
+        ring = groups(ring=torch.cuda.device_count(), copies=copies[turn % len(copies)])
+        place = ShardedSequence(4096, ring.topology)
+        parts = [place.shard(x.detach()).requires_grad_() for x in (q, k, v)]
+        out = ring_attention(*parts, place)  # type: ignore[call-overload]
+        found = [out, *torch.autograd.grad(out.square().sum(), parts)]
+        first = first or found
+        if not all(map(torch.equal, first, found)):
+            return False
+    torch.use_deterministic_algorithms(False)
+    return True
+
+
+def test_copies_give_the_bits_of_messages(gpu_world: World) -> None:
+    assert all(gpu_world.run(same_bits, (0, 1, 1)))
+
+
+def replayed(copies: int) -> float:
     """How far a captured forward and backward, replayed on other numbers, is from an eager one."""
     case = Case(seq_len=700, head_dim=64, v_head_dim=64, dtype=torch.bfloat16)
-    place = ShardedSequence(700, groups(ring=torch.cuda.device_count()).topology)
+    ring = groups(ring=torch.cuda.device_count(), copies=copies)
+    place = ShardedSequence(700, ring.topology)
     (q, k, v, _), _ = inputs(case, 0)
     parts = [place.shard(x.detach()).requires_grad_() for x in (q, k, v)]
 
@@ -84,5 +114,6 @@ def replayed() -> float:
     return max(relative(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-def test_a_step_can_be_captured_in_a_graph(gpu_world: World) -> None:
-    assert max(gpu_world.run(replayed)) < 1e-2
+@each_exchange
+def test_a_step_can_be_captured_in_a_graph(gpu_world: World, copies: int) -> None:
+    assert max(gpu_world.run(replayed, copies)) < 1e-2

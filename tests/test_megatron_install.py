@@ -35,6 +35,7 @@ WINDOW = {"window_size": (9, 0), "window_attn_skip_freq": 2}
         (2, case(ring=2, cuts=DOCUMENTS, lens=(5, 24, 13), config=WINDOW)),
         (4, case(ring=4, layout="striped", cuts=(0, 7, 30, SEQ_LEN))),
         (2, case(ring=2, cuts=(0, 7, 30, SEQ_LEN))),
+        (4, case(ring=4, layout="balanced", cuts=(0, 7, 30, SEQ_LEN))),
     ],
     ids=str,
 )

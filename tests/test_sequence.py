@@ -1,7 +1,7 @@
-import pickle
 import weakref
 from collections.abc import Callable
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,28 +95,6 @@ def test_shard_and_unshard_are_inverse_and_positions_are_those_of_the_tokens_hel
         assert tokens == sorted([*range(len(tokens) // copies)] * copies)
 
 
-def packed_round_trip() -> bool:
-    seq = sequence({"ring": 2, "ulysses": 2}, 24, layout=layout.ZigzagDocuments((0, 8, 24)))
-    x = made(2, 24, seed=0)
-    again = pickle.loads(pickle.dumps(seq.layout))
-    held = [joined((shard,)) for shard in seq.shards]
-    return (
-        torch.equal(seq.unshard(seq.shard(x)), x)
-        and again == seq.layout
-        and held
-        == [
-            [0, 1, 6, 7, 8, 9],
-            [10, 11, 20, 21, 22, 23],
-            [2, 3, 4, 5, 12, 13],
-            [14, 15, 16, 17, 18, 19],
-        ]
-    )
-
-
-def test_ulysses_peers_share_the_zigzag_shards_of_documents(world: Callable[[int], World]) -> None:
-    assert all(world(4).run(packed_round_trip))
-
-
 def gradients(sizes: Sizes) -> list[str]:
     """What failed; every rank has cotangents of its own."""
     failed: list[str] = []
@@ -167,7 +145,9 @@ def test_the_shards_of_ulysses_peers_join_to_that_of_their_ring_station(
 ) -> None:
     for seq_len, size in product((12, 29, 37), (1, 2, 3)):
         seq = ShardedSequence(seq_len, station(0, size, 0, peers), layout=name)
-        assert seq.ring_shards == layout.shards(seq_len, size, name)
+        regions, whole = seq.mask.regions(seq_len), (range(seq_len),)
+        work = Mock(side_effect=lambda x, r=regions, w=whole: sum(t.area for t in r.tiles((x,), w)))
+        assert seq.ring_shards == layout.shards(seq_len, size, name, work)
         for rank in range(size):
             own = seq.shards[rank * peers : (rank + 1) * peers]
             assert joined(own) == joined((seq.ring_shards[rank],))
@@ -186,7 +166,9 @@ def test_every_rank_agrees_on_who_needs_whom_and_that_is_who_has_tiles(
     for seq_len, kv_len, size in [(24, 24, 4), (29, 29, 3), (17, 31, 4), (31, 17, 2)]:
         rule, sees = cases(seq_len)[mask]
         seqs = [ShardedSequence(seq_len, station(r, size), rule, name) for r in range(size)]
-        keys = ShardedSequence(kv_len, station(0, size), layout=name)
+        keys = (
+            ShardedSequence(kv_len, station(0, size), layout=name) if kv_len != seq_len else seqs[0]
+        )
         plans = [seq.plan(keys if kv_len != seq_len else None) for seq in seqs]
         for rank, source in product(range(size), repeat=2):
             queries = joined((seqs[0].ring_shards[rank],))
@@ -250,7 +232,7 @@ def test_bad_input_is_refused_with_its_lengths_before_any_communication(
         ("30 tokens along dimension 3", "(2, 30, 3)"),
         ("30 tokens along dimension -4", "(2, 30, 3)"),
         ("over 4 ranks", "got 3"),
-        ("contiguous, striped, zigzag", "'spiral'"),
+        ("contiguous, striped, zigzag, balanced", "'spiral'"),
         ("31 positions", "has 30"),
         ("ring_sp.masks", "got 'causal'"),
     ]

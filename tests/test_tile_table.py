@@ -39,6 +39,7 @@ def seen_by_table(table: TileTable, shape: tuple[int, int], blocks: tuple[int, i
                 -1, 8
             )[entry].tolist()
             first = start // ALIGN * ALIGN
+            assert start < stop
             assert (full_start - first) % blocks[1] == (full_stop - full_start) % blocks[1] == 0
             seen[own, full_start:full_stop] += 1
             for masked in (slice(first, full_start), slice(full_stop, stop)):
@@ -64,6 +65,15 @@ def test_sees_what_the_tiles_see(blocks: tuple[int, int]) -> None:
             assert torch.equal(seen_by_table(rows, shape, blocks), true)
             cols = tile_table(step, CPU, shape[1], blocks, keys=True)
             assert torch.equal(seen_by_table(cols, shape[::-1], blocks), true.T)
+
+
+def test_leaves_out_keys_that_no_query_of_their_tile_sees() -> None:
+    step = Step((Tile(0, 16, 0, 64, -4, 15), Tile(16, 32, 40, 64, -23, 15)), 1.0)
+    table = tile_table(step, CPU, 64, (16, 16), keys=True)
+    assert table.offsets.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(
+        seen_by_table(table, (64, 32), (16, 16)), seen_by_tiles(step.tiles, (32, 64)).T
+    )
 
 
 def test_starts_with_the_heaviest_block_and_ends_with_those_that_see_nothing() -> None:

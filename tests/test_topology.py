@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from math import prod
 from random import Random
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -150,7 +151,7 @@ def subdivided_and_built() -> list[tuple[list[object], list[object]]]:
     """
     host = groups(tensor=2, ring=4).group("sequence")
     assert host is not None
-    cuts: list[dict[str, int]] = [{"ulysses": 2}, {"outer": 2}, {"ulysses": 4}, {"outer": 4}, {}]
+    cuts: list[dict[str, Any]] = [{"ulysses": 2}, {"outer": 2}, {"ulysses": 4}, {"outer": 4}, {}]
     pairs = []
     for cut in cuts:
         manager = ProcessGroupManager.from_group(host, **cut)
@@ -175,7 +176,8 @@ def halves() -> list[float]:
     assert host is not None
     dist.new_group([0, 1, 2])
     first = whole.rank("tensor") == 0
-    manager = ProcessGroupManager.from_group(host, **({"ulysses": 2} if first else {"outer": 2}))
+    cut: dict[str, Any] = {"ulysses": 2} if first else {"outer": 2}
+    manager = ProcessGroupManager.from_group(host, **cut)
     sums = []
     for name in ("ring", "ulysses" if first else "outer"):
         ranks = torch.tensor([float(dist.get_rank())])

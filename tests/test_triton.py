@@ -15,6 +15,7 @@ from ringed import relative
 
 from ring_sp.kernels import Call, Step, reference, triton
 from ring_sp.kernels.contract import Rows, State
+from ring_sp.kernels.dropout import Dropout
 from ring_sp.kernels.merge import merge
 from ring_sp.regions import Tile
 
@@ -121,15 +122,34 @@ def test_takes_rows_that_meet_many_tiles() -> None:
 
 
 @law
+@pytest.mark.usefixtures("small_blocks")
+def test_drops_what_the_reference_drops() -> None:
+    """Some heads of several batch entries, at positions with gaps."""
+    q, k, v, dout = (torch.cat([x, x.flip(1)]) for x in tensors(50, 70, (16, 16), heads=4))
+    q, dout = q[:, :50], dout[:, :50]
+    q_at, k_at = (torch.arange(n, dtype=torch.int32, device=DEVICE) * 2 + 1 for n in (50, 70))
+    dropout = Dropout(0.3, 0x123456789ABCDE, q_at, k_at, 4, 12)
+    tiles = Tile(0, 50, 0, 50, 0, 49), Tile(10, 50, 50, 70, -19, 39)
+    step = Step(tiles, 0.3, dropout=dropout)
+    found, true = (both_passes(kernel, (q, k, v, dout), step) for kernel in (triton, reference))
+    for mine, other in zip(found, true, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-5)
+    plain = both_passes(triton, (q, k, v, dout), replace(step, dropout=None))
+    torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0], plain[0], rtol=0.1, atol=0.1)
+
+
+@law
 @pytest.mark.parametrize("dims", [(256, 256), (24, 40), (192, 128)], ids=str)
 def test_takes_head_dims_that_are_no_power_of_two(dims: tuple[int, int]) -> None:
     assert_same_as_reference(tensors(40, 40, dims), [Tile(0, 40, 0, 40, 0, 39)])
 
 
 @law
-def test_gives_the_same_bits_twice() -> None:
-    inputs = tuple(x.to(torch.float16) for x in tensors(150, 150, (32, 32)))
-    step = Step((Tile(0, 150, 0, 150, 0, 149),), 0.3)
+@pytest.mark.parametrize("dim", [32, 128])
+def test_gives_the_same_bits_twice(dim: int) -> None:
+    inputs = tuple(x.to(torch.float16) for x in tensors(152, 152, (dim, dim)))
+    step = Step((Tile(0, 152, 0, 152, 0, 151),), 0.1)
     first, second = (both_passes(triton, inputs, step) for _ in range(2))
     assert all(map(torch.equal, first, second))
     for found, true in zip(first, both_passes(reference, inputs, step), strict=True):
@@ -164,6 +184,47 @@ def test_takes_long_rows_in_steps(dtype: torch.dtype, dims: tuple[int, int]) -> 
     for found, true in zip(*outcome, strict=True):
         assert torch.equal(found.isfinite(), true.isfinite())
         assert relative(*(x.masked_fill(x.isinf(), 0).double() for x in (found, true))) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1000, 998], ids=str)
+@pytest.mark.parametrize("scale", [0.1, -0.1], ids=str)
+def test_takes_tiles_of_each_kind_in_half_precision(rows: int, scale: float) -> None:
+    """A band some of whose keys no query sees, and blocks of queries and keys that meet two tiles,
+    with NaN in what no tile holds.
+    """
+    inputs = [x.to(torch.bfloat16) for x in tensors(rows, 1300, (128, 128), heads=4)]
+    tiles = (
+        Tile(0, 250, 0, 700, -5, 1000),
+        Tile(250, 500, 333, 540, -1000, 1000),
+        Tile(500, 990, 0, 901, -1000, -333),
+        Tile(500, 990, 903, 1203, 0, 200),
+    )
+    for x, hidden in zip(inputs, (990, 1203, 1203, 990), strict=True):
+        x[:, hidden:] = torch.nan
+    step = Step(tiles, scale)
+    true = both_passes(reference, tuple(torch.nan_to_num(x.double()) for x in inputs), step)
+    for found, exact in zip(both_passes(triton, tuple(inputs), step), true, strict=True):
+        assert torch.equal(found.isfinite(), exact.isfinite())
+        assert relative(*(x.masked_fill(x.isinf(), 0).double() for x in (found, exact))) < 1e-2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interprets no Gluon")
+def test_the_hopper_backward_serves_what_its_copies_can_reach() -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from ring_sp.kernels import triton_hopper_backward
+
+    def serves(rows: int = 152, dim: int = 128, offset: int = 0, cap: float | None = None) -> bool:
+        q, k, v, dout = (
+            torch.zeros(1, rows, heads, size, dtype=torch.bfloat16)
+            for heads, size in ((2, dim), (1, dim), (1, 128), (2, 128))
+        )
+        lse = torch.zeros(offset + 2 * rows)[offset:].view(1, 2, rows)
+        step = Step((Tile(0, rows, 0, rows, 0, rows - 1),), 0.3, cap)
+        return triton_hopper_backward.serves(dout, q, (k, v), (lse, lse), step)
+
+    assert serves() and serves(dim=64)
+    assert not (serves(rows=150) or serves(dim=96) or serves(offset=1) or serves(cap=3.0))
 
 
 def part(rows: int, seed: int) -> State:

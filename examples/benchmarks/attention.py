@@ -4,8 +4,9 @@
 
 For each case: the ideal (the fastest kernel of one GPU on the whole problem, divided by the GPUs),
 our ring with each kernel that serves the case, and torch's own context_parallel, all in this run.
-Times are milliseconds of forward + backward, medians over repeats of the slowest rank; memory is
-the peak of a rank. Batch 1, bf16, head dim 128. On CPUs (gloo) use --cases tiny to try the script.
+All take turns; times are milliseconds of forward + backward on the slowest rank, medians over the
+turns, as are the shares of the ideal; memory is the peak of a rank. Batch 1, bf16, head dim 128.
+On CPUs (gloo) use --cases tiny to try the script.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -27,6 +29,7 @@ from picture import draw
 import ring_sp
 from ring_sp import masks
 from ring_sp.kernels import KERNELS
+from ring_sp.topology import EXCHANGES
 
 HEAD_DIM = 128
 Result = dict[str, Any]
@@ -72,7 +75,7 @@ def cases() -> dict[str, Case]:
     k = 1024
     listed = [
         *(Case(f"causal {n}k", n * k) for n in (16, 32, 64, 128)),
-        Case("documents 64k", 64 * k, packed(64 * k, 4 * k)),
+        Case("documents 64k", 64 * k, packed(64 * k, 4 * k), layout="balanced"),
         Case("window 4k of 128k", 128 * k, masks.sliding_window(4 * k - 1), layout="contiguous"),
         Case("causal 32k MHA", 32 * k, kv_heads=32),
         Case("full 32k", 32 * k, masks.full()),
@@ -81,13 +84,23 @@ def cases() -> dict[str, Case]:
     return {case.name: case for case in listed}
 
 
-def milliseconds(step: peers.Step, device: torch.device, repeats: int) -> float:
-    """Median time of a step on the slowest rank."""
-    for _ in range(3):
-        step()
-    once = _elapsed(step, device, 1)
-    inner = max(3, min(40, int(250 / once)))  # so many that starting them is no part of the time
-    return median(_elapsed(step, device, inner) for _ in range(repeats))
+def milliseconds(
+    steps: dict[str, peers.Step], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Times of each step on the slowest rank. They take turns, so that a GPU that grows warm and
+    slow is slow for all.
+    """
+    inner = {}
+    for name, step in steps.items():
+        for _ in range(3):
+            step()
+        # So many that starting them is no part of the time.
+        inner[name] = max(1, min(40, int(250 / _elapsed(step, device, 1))))
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            found[name].append(_elapsed(step, device, inner[name]))
+    return found
 
 
 def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
@@ -104,10 +117,15 @@ def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
     return float(time)
 
 
-def ours(case: Case, kernel: str, device: torch.device) -> peers.Step:
+@cache
+def topology(exchange: str) -> ring_sp.Topology:
+    build = ring_sp.ProcessGroupManager.build
+    return build(ring=dist.get_world_size(), exchange=exchange).topology
+
+
+def ours(case: Case, kernel: str, exchange: str, device: torch.device) -> peers.Step:
     """Forward and backward of one rank's part."""
-    topology = ring_sp.ProcessGroupManager.build(ring=dist.get_world_size()).topology
-    sequence = ring_sp.ShardedSequence(case.seq_len, topology, case.mask, case.layout)
+    sequence = ring_sp.ShardedSequence(case.seq_len, topology(exchange), case.mask, case.layout)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     q, k, v, dout = peers.drawn(heads, sequence.local_len, HEAD_DIM, device)
     trained = [x.requires_grad_() for x in (q, k, v)]
@@ -119,9 +137,9 @@ def ours(case: Case, kernel: str, device: torch.device) -> peers.Step:
     return step
 
 
-def measured(make: Callable[[], peers.Step], device: torch.device, repeats: int) -> Result:
-    """Milliseconds and peak bytes of a step; the reason where it cannot run on some rank."""
-    reason = ""
+def tried(make: Callable[[], peers.Step], device: torch.device) -> Result:
+    """Peak bytes of a step alone on its GPU; the reason where it cannot run on some rank."""
+    reason, step = "", None
     try:
         step = make()
         step()
@@ -129,10 +147,9 @@ def measured(make: Callable[[], peers.Step], device: torch.device, repeats: int)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     reasons: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(reasons, reason)
-    if any(reasons):
+    if step is None or any(reasons):
         return {"refused": next(filter(None, reasons))}
-    time = milliseconds(step, device, repeats)
-    return {"ms": time, "peak_bytes": peers.peak_bytes(step, device)}
+    return {"peak_bytes": peers.peak_bytes(step, device)}
 
 
 def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
@@ -142,22 +159,29 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         f"one GPU, {name}": partial(make, case, HEAD_DIM, device)
         for name, make in peers.SINGLE.items()
     }
-    contenders |= {f"ring, {name}": partial(ours, case, name, device) for name in args.kernels}
+    contenders |= {
+        f"ring, {kernel}, {exchange}": partial(ours, case, kernel, exchange, device)
+        for kernel in args.kernels
+        for exchange in args.exchanges
+    }
     if case.mask in (masks.causal(), masks.full()):
         contenders["torch context_parallel"] = partial(
             peers.context_parallel, case, HEAD_DIM, device
         )
-    found = {name: measured(make, device, args.repeats) for name, make in contenders.items()}
-    singles = [x["ms"] for name, x in found.items() if name.startswith("one GPU") and "ms" in x]
-    ideal = min(singles, default=None)
-    for name, result in found.items():
-        if ideal and "ms" in result:
-            share = 1 if name.startswith("one GPU") else size
-            result["share_of_ideal"] = ideal / result["ms"] / share
-        if "ms" in result:
-            ranks = 1 if name.startswith("one GPU") else size
-            result["tflops"] = case.flops / result["ms"] / 1e9 / ranks
-            result["of_bytes_by_hand"] = result["peak_bytes"] / case.bytes_by_hand(ranks)
+    found = {name: tried(make, device) for name, make in contenders.items()}
+    steps = {name: contenders[name]() for name, x in found.items() if "refused" not in x}
+    times = milliseconds(steps, device, args.repeats)
+    singles = {name: median(each) for name, each in times.items() if name.startswith("one GPU")}
+    fastest = min(singles, key=lambda name: singles[name], default=None)
+    ideal = singles[fastest] if fastest else None
+    for name, each in times.items():
+        ranks, result = 1 if name.startswith("one GPU") else size, found[name]
+        result["ms"] = median(each)
+        if fastest:
+            shares = (best / own / ranks for best, own in zip(times[fastest], each, strict=True))
+            result["share_of_ideal"] = median(shares)
+        result["tflops"] = case.flops / result["ms"] / 1e9 / ranks
+        result["of_bytes_by_hand"] = result["peak_bytes"] / case.bytes_by_hand(ranks)
     return {"case": case.name, "ideal_ms": ideal and ideal / size, "results": found}
 
 
@@ -177,11 +201,22 @@ def table(rows: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def report(rows: list[Result], args: argparse.Namespace, device: torch.device) -> None:
+    """Write what was found so far."""
+    facts = {"device": peers.device_name(device), "ranks": dist.get_world_size()}
+    facts |= {"torch": torch.__version__, "command": " ".join(sys.argv), "rows": rows}
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=1))
+    if args.png:
+        draw(facts, args.png)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = [name for name in cases() if name != "tiny"]
     parser.add_argument("--cases", nargs="+", choices=cases(), default=every)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["flash4", "triton"])
+    parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -193,17 +228,11 @@ def main() -> None:
         rows.append(run(cases()[name], args, device))
         if dist.get_rank() == 0:
             print(table(rows[-1:]), flush=True)
+            report(rows, args, device)
         if args.trace:
-            for kernel in args.kernels:
-                peers.trace(ours(cases()[name], kernel, device), args.trace, f"{name} {kernel}")
-    if dist.get_rank() == 0:
-        facts = {"device": peers.device_name(device), "ranks": dist.get_world_size()}
-        facts |= {"torch": torch.__version__, "command": " ".join(sys.argv), "rows": rows}
-        print(table(rows))
-        if args.json:
-            args.json.write_text(json.dumps(facts, indent=1))
-        if args.png:
-            draw(facts, args.png)
+            for kernel, exchange in product(args.kernels, args.exchanges):
+                step = ours(cases()[name], kernel, exchange, device)
+                peers.trace(step, args.trace, f"{name} {kernel} {exchange}")
     dist.destroy_process_group()
 
 

@@ -66,6 +66,11 @@ class RingCoreAttention(MegatronModule):
         # Megatron's query-key layer scaling divides here and multiplies back inside the softmax.
         self.softmax_scale = softmax_scale
         self.window = window_of(config, layer_number)
+        if self.window is not None and self.ring.layout == "balanced":
+            raise NotImplementedError(
+                "the balanced layout follows the mask, and layers with a window have another than "
+                "the batch; use --ring-layout zigzag, striped or contiguous with window_size"
+            )
         self.tp_group = pg_collection.tp
         self._make_sinks(config)
 

@@ -34,6 +34,7 @@ def common_refusal(call: Call) -> str | None:
         (all(dim % 8 == 0 for dim in dims), f"head dims must be multiples of 8, not {dims}"),
         (call.scale > 0, f"it wants a positive scale, not {call.scale}"),
         (not call.softcap, "it has no softcap"),
+        (not call.dropout, "its dropout knows no positions"),
         (not call.windowed, "it has no sliding window, nor any limit on the left of a diagonal"),
         (
             call.num_regions <= MAX_REGIONS,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ring_sp.kernels.dropout import Dropout
 from ring_sp.regions import Tile
 
 State = tuple[Tensor, Tensor]
@@ -27,9 +28,9 @@ that of a dq under way, are the kernel's own; both end in q's dtype.
 class Call:
     """What decides whether a kernel can serve a call: the same on every rank.
 
-    `grouped` if query heads share key heads; `windowed` if the mask hides keys on the left of a
-    diagonal, too far back or not far enough ahead; `num_regions` counts the mask's documents and
-    other regions; `lse_gradient` if lse may have a gradient.
+    `windowed` if the mask hides keys on the left of a diagonal, too far back or not far enough
+    ahead; `num_regions` counts the mask's documents and other regions; `lse_gradient` if lse may
+    have a gradient.
     """
 
     device_type: str
@@ -38,16 +39,16 @@ class Call:
     v_head_dim: int
     softcap: bool = False
     scale: float = 1.0
-    grouped: bool = False
     windowed: bool = False
     num_regions: int = 1
     lse_gradient: bool = False
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """The tiles of one step (never an empty row in one), and the score: softcap * tanh(scale *
-    q.k / softcap).
+    """The tiles of one step (never an empty row in one), the score: softcap * tanh(scale * q.k /
+    softcap), and which weights of the values are dropped, though lse counts them.
 
     `final` marks the last step of a pass, whose out or dq is in q's dtype. `derived` belongs to the
     tiles and outlives the call: a kernel keeps there, under a key of its own, what it works out
@@ -58,6 +59,7 @@ class Step:
     scale: float
     softcap: float | None = None
     final: bool = True
+    dropout: Dropout | None = field(default=None, compare=False)
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

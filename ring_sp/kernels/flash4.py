@@ -37,11 +37,10 @@ def refusal(call: Call) -> str | None:
             f"head dims must be multiples of 8 up to 256, not {dims}",
         ),
         (
-            # 4.0.0b36 on an H200, over all bands: lse was off by up to 5 where 2 heads with keys of
-            # their own had dims (128, 64); right for shared keys and (64, 64) or (128, 128). Nobody
-            # has found out which of the two it is.
-            dims[0] == dims[1] and call.grouped,
-            f"lse is not sure unless query heads share keys and head dims are equal, not {dims}",
+            # 4.0.0b36 on an H200, over all bands: lse was off by up to 5 for dims (128, 64); right
+            # for (64, 64) and (128, 128), keys shared or not.
+            dims[0] == dims[1],
+            f"its lse is not sure unless head dims are equal, not {dims}",
         ),
         (
             # 4.0.0b36 on an H200, relative error of dq: 0.8 to 1.2 for 8, 16, 40, 48, 72, 80, 104
@@ -50,6 +49,7 @@ def refusal(call: Call) -> str | None:
             f"its dq is wrong for a head dim of {dims[0]}, at most 16 above a multiple of 32",
         ),
         (call.scale > 0, f"its softmax wants a positive scale, not {call.scale}"),
+        (not call.dropout, "it has no dropout"),
     )
     return next((reason for met, reason in needs if not met), None) or _unavailable(dims)
 

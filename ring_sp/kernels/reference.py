@@ -39,7 +39,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
         )
         scores = _scores(queries, keys, tile, step)
         part_lse = scores.logsumexp(-1)
-        part = (scores - part_lse.unsqueeze(-1)).exp() @ values.unsqueeze(2)
+        part = (scores - part_lse.unsqueeze(-1)).exp() * _kept(scores, tile, step)
+        part = part @ values.unsqueeze(2)
         out[:, at_q], lse[:, :, at_q] = merge(
             out[:, at_q], lse[:, :, at_q], _ungroup(part), part_lse.flatten(1, 2)
         )
@@ -69,13 +70,15 @@ def backward(
         grads = _group(rows.dout[:, at_q], k.shape[2])
         scores = _scores(queries, keys, tile, step)
         weights = (scores - _rows(lse, at_q, grads)).exp()
-        dscores = weights * (grads @ values.unsqueeze(2).mT - _rows(subtracted, at_q, grads))
+        kept = _kept(scores, tile, step)
+        dweights = grads @ values.unsqueeze(2).mT * kept
+        dscores = weights * (dweights - _rows(subtracted, at_q, grads))
         if step.softcap is not None:
             # Masked scores are -inf; their weight is zero, which 0 * inf must not undo.
             dscores = dscores * (1 - (scores.clamp_min(-step.softcap) / step.softcap).square())
         dq[:, at_q] += _ungroup(dscores @ keys.unsqueeze(2)) * step.scale
         sums[0][:, at_k] += (dscores.mT @ queries).sum(2).transpose(1, 2) * step.scale
-        sums[1][:, at_k] += (weights.mT @ grads).sum(2).transpose(1, 2)
+        sums[1][:, at_k] += ((weights * kept).mT @ grads).sum(2).transpose(1, 2)
     dk.copy_(sums[0])
     dv.copy_(sums[1])
     return dq.to(q.dtype) if step.final else dq
@@ -91,6 +94,16 @@ def _scores(queries: Tensor, keys: Tensor, tile: Tile, step: Step) -> Tensor:
     row, col = (torch.arange(length, device=scores.device) for length in scores.shape[-2:])
     offset = row[:, None] - col
     return scores.masked_fill((offset < tile.lo) | (offset > tile.hi), -torch.inf)
+
+
+def _kept(scores: Tensor, tile: Tile, step: Step) -> Tensor | float:
+    """What dropout makes of each weight, like `scores` [B, Hkv, G, rows, cols]."""
+    if step.dropout is None:
+        return 1.0
+    batch, kv_heads, group, *_ = scores.shape
+    at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+    kept = step.dropout.kept(batch, kv_heads * group, at_q, at_k, scores.dtype)
+    return kept.unflatten(1, (kv_heads, group))
 
 
 def _blocks(tiles: tuple[Tile, ...]) -> Iterator[Tile]:

@@ -18,9 +18,9 @@ class TileTable(NamedTuple):
     row r sees column c where row start <= r < row stop, start <= c < stop and lo <= r - c <= hi. A
     kernel reads columns in blocks: from `start`, brought down to a multiple of ALIGN, to full
     start; from there to full stop, where all rows of the block see all columns; and from full stop
-    on. The first two are whole blocks. Block b of rows has entries offsets[b] .. offsets[b + 1] -
-    1, with `offsets` int32 [blocks + 1]; `order` int32 [blocks] has those with the most work first,
-    and only the first `num_active` have any.
+    on. The first two are whole blocks, and no stretch is empty. Block b of rows has entries
+    offsets[b] .. offsets[b + 1] - 1, with `offsets` int32 [blocks + 1]; `order` int32 [blocks] has
+    those with the most work first, and only the first `num_active` have any.
     """
 
     entries: Tensor
@@ -76,10 +76,13 @@ def _build(
     full_start = full_start.where(whole, first)
     full_stop = full_start + (num_full * cols).where(whole, 0)
     entries = torch.stack([q_start, q_stop, lo, hi, start, full_start, full_stop, stop], 1)
+    # Of a tile's keys, some may be seen by none of its queries.
+    some = start < stop
+    entries, block, lengths = entries[some], block[some], (stop - start)[some]
 
     num_blocks = -(-num_rows // rows)
     per_block = torch.bincount(block, minlength=num_blocks)
     offsets = torch.cat([per_block.new_zeros(1), per_block.cumsum(0)])
-    work = torch.zeros(num_blocks, dtype=torch.int64).index_add_(0, block, stop - start + cols)
+    work = torch.zeros(num_blocks, dtype=torch.int64).index_add_(0, block, lengths + cols)
     order = work.argsort(descending=True, stable=True)
     return entries, offsets, order, int((work > 0).sum())

@@ -11,6 +11,8 @@ from ring_sp.kernels.triton_blocks import (
     LOG2E,
     Shape,
     descriptor,
+    drop_of,
+    dropped,
     head_of,
     in_dense,
     line_descriptor,
@@ -53,6 +55,7 @@ def query_gradients(
         (strides(q), strides(k), strides(v), strides(dout)),
         (batch, heads, num_rows),
         (inner, factor, step.scale),
+        drop_of(step),
         heads // k.shape[2],
         step.softcap is not None,
         dim,
@@ -86,6 +89,7 @@ def key_gradients(
         tuple(strides(x) for x in (q, k, v, dout, dk, dv)),
         (batch, kv_heads, num_keys, q.shape[1]),
         (inner, factor, step.scale),
+        drop_of(step),
         q.shape[2] // kv_heads,
         step.softcap is not None,
         dim,
@@ -107,12 +111,59 @@ def load_lines(rows, lse_tiles, delta_tiles, line, start, stop, COLS: tl.constex
 
 
 @triton.jit
-def score_gradients(raw, weights, a, b, bias, SOFTCAP: tl.constexpr):
-    """Of raw @ its factors, from a @ b.T = dout @ v.T or its transpose."""
-    gradients = weights * (tl.dot(a, b.T, input_precision="ieee") - bias)
+def score_gradients(raw, weights, given, bias, SOFTCAP: tl.constexpr):
+    """Of raw @ its factors, from the gradients of the weights."""
+    gradients = weights * (given - bias)
     if SOFTCAP:
         gradients *= 1 - raw * raw
     return gradients
+
+
+@triton.jit
+def add_keys(
+    acc,
+    scores,
+    kv,
+    seen_by,
+    chance,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dq with the part of one block of keys: `scores` are raw scores, weights, and who sees whom
+    (None: all do), `seen_by` dout and delta, `chance` the dropout, rows and columns of `dropped`.
+    """
+    given = tl.dot(seen_by[0], kv[1].T, input_precision="ieee")
+    given = dropped(given, chance[0], chance[1], chance[2], False, ROWS, COLS)
+    dscores = score_gradients(scores[0], scores[1], given, seen_by[1][:, None], SOFTCAP)
+    if scores[2] is not None:
+        dscores = tl.where(scores[2], dscores, 0.0)
+    return tl.dot(dscores.to(kv[0].dtype), kv[0], acc, input_precision="ieee")
+
+
+@triton.jit
+def add_queries(
+    sums,
+    scores,
+    values,
+    seeing,
+    chance,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dk and dv with the part of one block of queries: `seeing` are q, dout and delta, the rest as
+    in `add_keys`.
+    """
+    queries, grads, bias = seeing
+    left = dropped(scores[1], chance[0], chance[1], chance[2], True, ROWS, COLS)
+    dvalues = tl.dot(left.to(grads.dtype), grads, sums[1], input_precision="ieee")
+    given = tl.dot(values, grads.T, input_precision="ieee")
+    given = dropped(given, chance[0], chance[1], chance[2], True, ROWS, COLS)
+    dscores = score_gradients(scores[0], scores[1], given, bias[None, :], SOFTCAP)
+    if scores[2] is not None:
+        dscores = tl.where(scores[2], dscores, 0.0)
+    return tl.dot(dscores.to(queries.dtype), queries, sums[0], input_precision="ieee"), dvalues
 
 
 @triton.jit
@@ -124,6 +175,7 @@ def query_kernel(
     strides,
     sizes,
     factors,
+    drop,
     GROUP,
     SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
@@ -141,7 +193,7 @@ def query_kernel(
     block = tl.load(order + at // (batch * heads))
     row_start = block * ROWS
     head, b = (at % heads), (at // heads % batch)
-    kv_head = head // GROUP
+    kv_head, mine = head // GROUP, (b, head, row_start, num_rows)
     k, v = head_of(k, strides[1], b, kv_head), head_of(v, strides[2], b, kv_head)
     of_dq, stride = in_dense(b, head, heads, num_rows, DIM)
     rows = row_start + tl.arange(0, ROWS)
@@ -176,8 +228,16 @@ def query_kernel(
             )
             raw = raw_scores(queries, keys, factors[0], SOFTCAP)
             weights = tl.exp2(raw * factors[1] - norm[:, None])
-            dscores = score_gradients(raw, weights, grads, values, bias[:, None], SOFTCAP)
-            acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+            acc = add_keys(
+                acc,
+                (raw, weights, None),
+                (keys, values),
+                (grads, bias),
+                (drop, mine, (start, start + COLS)),
+                SOFTCAP,
+                ROWS,
+                COLS,
+            )
         for n in tl.range(num_masked(span, COLS)):
             start = masked_start(n, span, COLS)
             keys = load_block(k, start, (span[0], span[3]), strides[1][1], COLS, DIM, BLOCK_DIM)
@@ -186,9 +246,16 @@ def query_kernel(
             )
             raw = raw_scores(queries, keys, factors[0], SOFTCAP)
             weights = tl.exp2(raw * factors[1] - norm[:, None])
-            dscores = score_gradients(raw, weights, grads, values, bias[:, None], SOFTCAP)
-            dscores = tl.where(visible(rows, start, COLS, band, span), dscores, 0.0)
-            acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+            acc = add_keys(
+                acc,
+                (raw, weights, visible(rows, start, COLS, band, span)),
+                (keys, values),
+                (grads, bias),
+                (drop, mine, (start, span[3])),
+                SOFTCAP,
+                ROWS,
+                COLS,
+            )
     acc *= factors[2]
     if old is not None:
         acc += load_block(old + of_dq, row_start, (0, num_rows), stride, ROWS, DIM, BLOCK_DIM)
@@ -206,6 +273,7 @@ def key_kernel(
     strides,
     sizes,
     factors,
+    drop,
     GROUP,
     SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
@@ -242,14 +310,17 @@ def key_kernel(
         V_DIM,
         BLOCK_V_DIM,
     )
-    dkeys, dvalues = (
+    sums = (
         tl.zeros([ROWS, BLOCK_DIM], tl.float32),
         tl.zeros([ROWS, BLOCK_V_DIM], tl.float32),
     )
     for member in range(GROUP):
         head = kv_head * GROUP + member
         of_q, of_dout = head_of(q, strides[0], b, head), head_of(dout, strides[3], b, head)
-        line = (b * kv_heads * GROUP + head).to(tl.int64) * num_rows
+        line, mine = (
+            (b * kv_heads * GROUP + head).to(tl.int64) * num_rows,
+            (b, head, key_start, num_keys),
+        )
         for entry in range(tl.load(offsets + block), tl.load(offsets + block + 1)):
             band, span = load_entry(entries, entry)
             for start in tl.range(span[1], span[2], COLS):
@@ -264,9 +335,16 @@ def key_kernel(
                 )
                 raw = raw_scores(keys, queries, factors[0], SOFTCAP)
                 weights = tl.exp2(raw * factors[1] - norm[None, :])
-                dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
-                dscores = score_gradients(raw, weights, values, grads, bias[None, :], SOFTCAP)
-                dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
+                sums = add_queries(
+                    sums,
+                    (raw, weights, None),
+                    values,
+                    (queries, grads, bias),
+                    (drop, mine, (start, start + COLS)),
+                    SOFTCAP,
+                    ROWS,
+                    COLS,
+                )
             for n in tl.range(num_masked(span, COLS)):
                 start = masked_start(n, span, COLS)
                 queries = load_block(
@@ -279,10 +357,16 @@ def key_kernel(
                 raw = raw_scores(keys, queries, factors[0], SOFTCAP)
                 seen = visible(key_start + tl.arange(0, ROWS), start, COLS, band, span)
                 weights = tl.where(seen, tl.exp2(raw * factors[1] - norm[None, :]), 0.0)
-                dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
-                dscores = score_gradients(raw, weights, values, grads, bias[None, :], SOFTCAP)
-                dscores = tl.where(seen, dscores, 0.0)
-                dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
+                sums = add_queries(
+                    sums,
+                    (raw, weights, seen),
+                    values,
+                    (queries, grads, bias),
+                    (drop, mine, (start, span[3])),
+                    SOFTCAP,
+                    ROWS,
+                    COLS,
+                )
     dk, dv = head_of(dk, strides[4], b, kv_head), head_of(dv, strides[5], b, kv_head)
-    store_block(dk, dkeys * factors[2], key_start, num_keys, strides[4][1], ROWS, DIM, BLOCK_DIM)
-    store_block(dv, dvalues, key_start, num_keys, strides[5][1], ROWS, V_DIM, BLOCK_V_DIM)
+    store_block(dk, sums[0] * factors[2], key_start, num_keys, strides[4][1], ROWS, DIM, BLOCK_DIM)
+    store_block(dv, sums[1], key_start, num_keys, strides[5][1], ROWS, V_DIM, BLOCK_V_DIM)

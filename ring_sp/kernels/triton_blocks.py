@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ring_sp.kernels import tile_table
+from ring_sp.kernels.contract import Step
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ALIGN = tl.constexpr(tile_table.ALIGN)
@@ -149,6 +150,52 @@ def raw_scores(a, b, inner, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         raw = tanh(raw * inner)
     return raw
+
+
+Drop = tuple[Tensor, Tensor, int, int, float, int, int]
+"""What kernels know of `dropout.Dropout`: positions of queries and of keys, seed, threshold, what
+is left divided by this, first head, heads.
+"""
+
+
+def drop_of(step: Step) -> Drop | None:
+    """The dropout of a step, if it has one."""
+    dropout = step.dropout
+    if dropout is None:
+        return None
+    return (
+        dropout.q_positions,
+        dropout.k_positions,
+        dropout.seed,
+        dropout.threshold,
+        1 - dropout.p,
+        dropout.first_head,
+        dropout.num_heads,
+    )
+
+
+@triton.jit
+def positions_at(positions, start, stop, BLOCK: tl.constexpr):
+    """Of BLOCK slots from `start`; 0 from `stop` on."""
+    at = start + tl.arange(0, BLOCK)
+    return tl.load(positions + at, mask=at < stop, other=0)
+
+
+@triton.jit
+def dropped(x, drop, rows, cols, KEYS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """What dropout, if there is any, leaves of weights [ROWS, COLS]: `rows` are (entry, head,
+    start, stop) and `cols` (start, stop); KEYS tells that the rows are keys.
+    """
+    if drop is not None:
+        row_places = positions_at(drop[1] if KEYS else drop[0], rows[2], rows[3], ROWS)[:, None]
+        col_places = positions_at(drop[0] if KEYS else drop[1], cols[0], cols[1], COLS)[None, :]
+        one, other = row_places + 0 * col_places, col_places + 0 * row_places
+        line = (rows[0] * drop[6] + drop[5] + rows[1]).to(tl.int32)
+        numbers, _, _, _ = tl.philox(
+            drop[2], other if KEYS else one, one if KEYS else other, line, 0
+        )
+        x = tl.where((numbers >> 1).to(tl.int32) >= drop[3], x / drop[4], 0.0)
+    return x
 
 
 @triton.jit

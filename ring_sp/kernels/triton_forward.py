@@ -11,6 +11,8 @@ from ring_sp.kernels.triton_blocks import (
     LOG2E,
     Shape,
     descriptor,
+    drop_of,
+    dropped,
     head_of,
     in_dense,
     load_block,
@@ -50,6 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None, sha
         (strides(q), strides(k), strides(v)),
         (batch, heads, num_rows),
         (inner, factor),
+        drop_of(step),
         heads // k.shape[2],
         step.softcap is not None,
         dim,
@@ -73,6 +76,7 @@ def forward_kernel(
     strides,
     sizes,
     factors,
+    drop,
     GROUP,
     SOFTCAP: tl.constexpr,
     DIM: tl.constexpr,
@@ -89,7 +93,7 @@ def forward_kernel(
     at = tl.program_id(0)
     block = tl.load(order + at // (batch * heads))
     head, b, row_start = at % heads, at // heads % batch, block * ROWS
-    kv_head = head // GROUP
+    kv_head, mine = head // GROUP, (b, head, row_start, num_rows)
     k, v = head_of(k, strides[1], b, kv_head), head_of(v, strides[2], b, kv_head)
     of_out, stride = in_dense(b, head, heads, num_rows, V_DIM)
     rows, line = row_start + tl.arange(0, ROWS), (b * heads + head).to(tl.int64) * num_rows
@@ -120,7 +124,18 @@ def forward_kernel(
             values = load_dense(
                 v, v_tiles, (b, kv_head), start, strides[2][1], COLS, V_DIM, BLOCK_V_DIM
             )
-            acc, total, top = absorb(acc, total, top, new, new, weights, values)
+            acc, total, top = absorb(
+                acc,
+                total,
+                top,
+                new,
+                new,
+                weights,
+                values,
+                (drop, mine, (start, start + COLS)),
+                ROWS,
+                COLS,
+            )
         for n in tl.range(num_masked(span, COLS)):
             start = masked_start(n, span, COLS)
             keys = load_block(k, start, (span[0], span[3]), strides[1][1], COLS, DIM, BLOCK_DIM)
@@ -133,7 +148,18 @@ def forward_kernel(
             values = load_block(
                 v, start, (span[0], span[3]), strides[2][1], COLS, V_DIM, BLOCK_V_DIM
             )
-            acc, total, top = absorb(acc, total, top, new, floor, weights, values)
+            acc, total, top = absorb(
+                acc,
+                total,
+                top,
+                new,
+                floor,
+                weights,
+                values,
+                (drop, mine, (start, span[3])),
+                ROWS,
+                COLS,
+            )
     # Of a row that has seen nothing, top is -inf and total 0.
     total = tl.where(top == float("-inf"), 1.0, total)
     store_block(
@@ -143,11 +169,15 @@ def forward_kernel(
 
 
 @triton.jit
-def absorb(acc, total, top, new, floor, weights, values):
+def absorb(
+    acc, total, top, new, floor, weights, values, chance, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """The sums of weighted values and of weights with one more block of keys, whose weights are
-    relative to `floor`; and the new maximum.
+    relative to `floor`, and the new maximum; `chance` is the dropout, rows and columns of
+    `dropped`.
     """
     fade = tl.exp2(top - floor)
     total = total * fade + tl.sum(weights, 1)
+    left = dropped(weights, chance[0], chance[1], chance[2], False, ROWS, COLS)
     acc = acc * fade[:, None]
-    return tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee"), total, new
+    return tl.dot(left.to(values.dtype), values, acc, input_precision="ieee"), total, new

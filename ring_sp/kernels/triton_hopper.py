@@ -29,13 +29,21 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 def serves(q: Tensor, k: Tensor, v: Tensor, step: Step) -> bool:
     """Whether it can stand in for `triton_forward`, on a Hopper GPU."""
+    return fits((q, k, v), step) and step.scale > 0
+
+
+def fits(tensors: tuple[Tensor, ...], step: Step) -> bool:
+    """Whether the copy engine and the matrix units take them."""
     return (
-        q.element_size() == 2
-        and {q.shape[3], v.shape[3]} <= {64, 128}
-        and step.softcap is None
-        and step.scale > 0
-        and all(stride % 8 == 0 for x in (q, k, v) for stride in x.stride()[:3])
-        and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+        step.softcap is None
+        and step.dropout is None
+        and all(
+            x.element_size() == 2
+            and x.shape[3] in (64, 128)
+            and x.data_ptr() % 16 == 0
+            and all(stride % 8 == 0 for stride in x.stride()[:3])
+            for x in tensors
+        )
     )
 
 
@@ -54,9 +62,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) -> 
         out,
         lse,
         lse if old is None else old,
-        _descriptor(q, ROWS // 2),
-        _descriptor(k, COLS),
-        _descriptor(v, COLS),
+        descriptor(q, ROWS // 2),
+        descriptor(k, COLS),
+        descriptor(v, COLS),
         *table[:3],
         batch,
         heads,
@@ -75,7 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) -> 
     return out, lse
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """Of [B, S, H, D] for blocks of `rows` slots of a head."""
     by_head = x.transpose(1, 2)
     block = [1, 1, rows, x.shape[3]]
@@ -264,7 +272,7 @@ def walk(
         0, deps=[warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)]
     )
     mbarrier.arrive(k_free.index(0), count=1)
-    scores = hide(scores, entry, n, full, rows, COLS)
+    scores = hide(scores, entry, n, full, rows, COLS, float("-inf"))
     weights, top, fade = soften(scores, top, factor)
     p, total, acc = rescale(weights, fade, total, acc, q.dtype, V_DIM)
     for count in range(1, num):
@@ -279,7 +287,7 @@ def walk(
         if n == end:
             entry, n = entry + 8, 0
             full, end = num_full(entry, COLS), num_blocks(entry, COLS)
-        scores = hide(scores, entry, n, full, rows, COLS)
+        scores = hide(scores, entry, n, full, rows, COLS, float("-inf"))
         weights, top, fade = soften(scores, top, factor)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_free.index(past), count=1)
@@ -305,8 +313,8 @@ def scores_layout(cols):
 
 
 @gluon.jit
-def hide(scores, entry, n, full, rows, COLS: gl.constexpr):
-    """-inf where the tile hides a pair, from the `full`-th block on."""
+def hide(x, entry, n, full, rows, COLS: gl.constexpr, HIDDEN: gl.constexpr):
+    """`HIDDEN` where the tile hides a pair, from the `full`-th block on."""
     layout: gl.constexpr = scores_layout(COLS)
     if n >= full:
         cols = block_start(entry, n, COLS) + gl.arange(0, COLS, gl.SliceLayout(0, layout))
@@ -315,8 +323,8 @@ def hide(scores, entry, n, full, rows, COLS: gl.constexpr):
         col_seen = (cols >= gl.load(entry + 4)) & (cols < gl.load(entry + 7))
         seen = (offset >= gl.load(entry + 2)) & (offset <= gl.load(entry + 3))
         seen = seen & gl.expand_dims(row_seen, 1) & gl.expand_dims(col_seen, 0)
-        scores = gl.where(seen, scores, float("-inf"))
-    return scores
+        x = gl.where(seen, x, HIDDEN)
+    return x
 
 
 @gluon.jit
