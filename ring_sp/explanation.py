@@ -170,7 +170,7 @@ def explain(
     )
     lse_gradient = asked.return_lse or sinks is not None
     messages = _Messages(kv, queries, q.dtype, travels, turned, lse_gradient)
-    layouts = dict.fromkeys((sequence.layout, keys.layout))
+    layouts = dict.fromkeys(map(str, (sequence.layout, keys.layout)))
     return Explanation(
         kernel=kernel,
         refusals=refusals,

@@ -5,6 +5,7 @@ them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count, pairwise, takewhile
 from operator import index
 
@@ -63,6 +64,44 @@ def balanced(seq_len: int, size: int, work: Work = len) -> tuple[Shard, ...]:
     return best
 
 
+@dataclass(frozen=True)
+class ZigzagDocuments:
+    """Every packed document in zigzag by itself: a rank holds its two chunks of the first document,
+    then those of the second, and so on.
+
+    Document d is at positions cu_seqlens[d] to cu_seqlens[d + 1] - 1, its padding included. These
+    are the shards of Megatron's and Transformer Engine's context parallelism for packed sequences.
+    Under a causal mask in each document all ranks have equal work.
+    """
+
+    cu_seqlens: tuple[int, ...]
+
+    def __call__(self, seq_len: int, size: int) -> tuple[Shard, ...]:
+        """Raises ValueError unless the documents fill the sequence and 2 size divides each."""
+        cuts, unit = self.cu_seqlens, 2 * size
+        if not cuts or cuts[0] != 0 or cuts[-1] != seq_len:
+            raise ValueError(
+                f"zigzag in each document needs cu_seqlens from 0 to the sequence's {seq_len} "
+                f"tokens; got {cuts[:1]} to {cuts[-1:]}"
+            )
+        spans: list[list[range]] = [[] for _ in range(size)]
+        for start, stop in pairwise(cuts):
+            chunk, rest = divmod(stop - start, unit)
+            if chunk < 0 or rest:
+                raise ValueError(
+                    f"zigzag in each document over {size} ranks needs documents of a multiple of "
+                    f"{unit} tokens; got {stop - start} at {start}. Pad them, or choose the layout "
+                    f"of the whole sequence."
+                )
+            for rank in range(size if chunk else 0):
+                for part in (rank, unit - 1 - rank):
+                    spans[rank].append(range(start + part * chunk, start + (part + 1) * chunk))
+        return tuple(map(tuple, spans))
+
+    def __str__(self) -> str:
+        return f"zigzag in each of {len(self.cu_seqlens) - 1} documents"
+
+
 LAYOUTS: dict[str, Callable[..., tuple[Shard, ...]]] = {
     "contiguous": contiguous,
     "striped": striped,
@@ -71,12 +110,16 @@ LAYOUTS: dict[str, Callable[..., tuple[Shard, ...]]] = {
 }
 
 
-def shards(seq_len: int, size: int, layout: str, work: Work = len) -> tuple[Shard, ...]:
+def shards(
+    seq_len: int, size: int, layout: str | ZigzagDocuments, work: Work = len
+) -> tuple[Shard, ...]:
     """The shard of each of `size` ranks of a sequence of `seq_len` tokens; only "balanced" asks for
     `work`.
 
     Raises ValueError for an unknown layout, a size below 1, or fewer tokens than ranks.
     """
+    if isinstance(layout, ZigzagDocuments):
+        return layout(seq_len, size)
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     if size < 1:

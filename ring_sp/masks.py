@@ -105,27 +105,41 @@ def prefix_lm(prefix_len: int) -> Mask:
     return Mask("prefix_lm", (prefix_len,), prefix_len, lambda _: union([Region(right=0)], prefix))
 
 
-def documents(cu_seqlens: Sequence[int], inner: Mask | None = None) -> Mask:
+def documents(
+    cu_seqlens: Sequence[int], inner: Mask | None = None, lens: Sequence[int] | None = None
+) -> Mask:
     """Packed documents: document d holds positions cu_seqlens[d] to cu_seqlens[d + 1] - 1 and sees
     only itself.
 
     `inner` (default causal) rules inside each document, in positions that start at its first token.
-    Tokens after the last document are padding: they see nothing and nobody sees them. Raises
-    ValueError unless cu_seqlens starts at 0 and never falls.
+    `lens` are the tokens of each document, where it does not fill its place. Tokens after a
+    document are padding: they see nothing and nobody sees them. Raises ValueError unless cu_seqlens
+    starts at 0 and never falls, and each document fits its place.
     """
     cuts = tuple(whole_number("each of cu_seqlens", x) for x in _listed("cu_seqlens", cu_seqlens))
     if not cuts or cuts[0] != 0 or any(stop < start for start, stop in pairwise(cuts)):
         raise ValueError(
             f"documents needs cu_seqlens that start at 0 and never fall; got {cuts[:8]}"
         )
-    rule = _inner(inner)
+    rule, places = _inner(inner), list(pairwise(cuts))
+    if lens is not None:
+        held = tuple(whole_number("each of lens", x) for x in _listed("lens", lens))
+        ends = [start + length for (start, _), length in zip(places, held, strict=False)]
+        if len(held) != len(places) or any(
+            not start <= end <= stop for (start, stop), end in zip(places, ends, strict=True)
+        ):
+            raise ValueError(
+                f"documents needs one length for each of {len(places)} places, of no more tokens "
+                f"than it has; got lens {held[:8]} for cu_seqlens {cuts[:8]}"
+            )
+        places = [(start, end) for (start, _), end in zip(places, ends, strict=True)]
     return Mask(
         "documents",
-        (cuts, rule),
+        (cuts, rule) if lens is None else (cuts, rule, held),
         cuts[-1],
         lambda _: [
             region
-            for start, stop in pairwise(cuts)
+            for start, stop in places
             if start < stop
             for region in _placed(rule.build(stop - start), start, stop)
         ],

@@ -6,6 +6,7 @@ the name of a mask or of a layout.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 from ring_sp.layout import Shard
@@ -82,17 +83,24 @@ class Regions:
         Raises ValueError where a banded mask meets spans of different steps.
         """
         q_slot = 0
+        k_slots = [*accumulate(map(len, kv_shard), initial=0)]
+        firsts, lasts = [span.start for span in kv_shard], [span[-1] for span in kv_shard]
+        ascending = all(last < first for last, first in zip(lasts, firsts[1:], strict=False))
         for q_span in q_shard:
             regions = _rows(self._chains, q_span.start, q_span[-1] + 1)
-            k_slot = 0
-            for k_span in kv_shard:
-                first, last = k_span.start, k_span[-1]
+            met = range(len(kv_shard))
+            if ascending and regions:
+                left = min(region.k_start for region in regions)
+                right = max(region.k_stop for region in regions)
+                met = range(bisect_left(lasts, left), bisect_left(firsts, right))
+            for number in met:
+                first, last = firsts[number], lasts[number]
                 for region in regions:
                     if region.k_start <= last and region.k_stop > first:
+                        k_span, k_slot = kv_shard[number], k_slots[number]
                         tile = _meet(region, q_span, k_span, q_slot, k_slot)
                         if tile is not None:
                             yield tile
-                k_slot += len(k_span)
             q_slot += len(q_span)
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from ring_sp import layout as layouts
 from ring_sp import masks
 from ring_sp.agreement import agree, refusal
-from ring_sp.layout import shard_len, whole_number
+from ring_sp.layout import ZigzagDocuments, shard_len, whole_number
 from ring_sp.masks import Mask
 from ring_sp.plan import Plan, positions
 from ring_sp.topology import Topology
@@ -33,7 +33,7 @@ class ShardedSequence:
         seq_len: int,
         topology: Topology | None = None,
         mask: Mask | None = None,
-        layout: str = "zigzag",
+        layout: str | ZigzagDocuments = "zigzag",
     ) -> None:
         """`seq_len` in tokens; `mask` defaults to causal, `topology` to one rank by itself.
 
@@ -128,8 +128,8 @@ class ShardedSequence:
 
     @cached_property
     def place(self) -> str:
-        """Itself in words that two ranks with different masks will hardly share."""
-        return f"{self}, checksum {crc32(repr(self.mask).encode())}"
+        """Itself in words that two ranks with different masks or layouts will hardly share."""
+        return f"{self}, checksum {crc32(repr((self.mask, self.layout)).encode())}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardedSequence, (self.seq_len, self.topology, self.mask, self.layout)

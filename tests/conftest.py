@@ -24,7 +24,7 @@ class World:
             if backend != "gloo"
             else multiprocessing.get_context("forkserver")
         )
-        context.set_forkserver_preload(["ring_sp.integrations.megatron"])
+        context.set_forkserver_preload(["ring_sp.integrations.megatron.installation"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

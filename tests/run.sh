@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every check of this repository; arguments go to pytest, with paths from the repository root:
 #
-#   bash tests/run.sh [ARGUMENTS]         in .venv, which it makes: ruff, mypy, and all but the gpu tests
+#   bash tests/run.sh [ARGUMENTS]         in .venv, which it makes: ruff, mypy, and all but the gpu tests,
+#                                         those of Megatron with its newest version too
 #   bash tests/run.sh --gpu [ARGUMENTS]   with the python3 at hand, installing nothing: only the gpu tests
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,6 +24,13 @@ step ruff check .
 step ruff format --check .
 step mypy
 step pytest "$@"
+if (($# == 0)); then
+    # The newest tested Megatron wants Python 3.12 for its training loop only.
+    newest=.venv/megatron-core-0.19.2
+    [[ -d $newest ]] || .venv/bin/python -m pip install -qq --no-deps --target "$newest" \
+        --ignore-requires-python --python-version 3.12 --only-binary=:all: megatron-core==0.19.2
+    PYTHONPATH=$newest step pytest tests/test_megatron_{install,training,hybrid}.py
+fi
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "${failed[*]}"
     exit 1

@@ -41,6 +41,38 @@ def test_zigzag_is_megatrons_where_twice_the_ranks_divide() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_zigzag_documents_are_the_zigzag_shards_of_each_document_in_turn(size: int) -> None:
+    lens = [8, 0, 24, 16]
+    cuts = (0, 8, 8, 32, 48)
+    shards = layout.shards(48, size, layout.ZigzagDocuments(cuts))
+    for rank, shard in enumerate(shards):
+        wanted = [
+            start + p
+            for start, length in zip(cuts, lens, strict=False)
+            for span in layout.zigzag(length, size)[rank]
+            for p in span
+        ]
+        assert [p for span in shard for p in span] == wanted
+
+
+@pytest.mark.parametrize(
+    ("cuts", "seq_len", "message"),
+    [
+        ((0, 4, 10), 10, "multiple of 4 tokens; got 6 at 4"),
+        ((0, 8, 4, 12), 12, "multiple of 4 tokens; got -4 at 8"),
+        ((0, 8), 12, "from 0 to the sequence's 12 tokens"),
+        ((4, 12), 12, "from 0 to"),
+        ((), 12, "from 0 to"),
+    ],
+)
+def test_documents_that_do_not_fit_are_refused(
+    cuts: tuple[int, ...], seq_len: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout.shards(seq_len, 2, layout.ZigzagDocuments(cuts))
+
+
 def share(mask: masks.Mask, shards: tuple[layout.Shard, ...]) -> float:
     """Mean work of a rank by the most work of one."""
     whole = (range(sum(map(layout.shard_len, shards))),)

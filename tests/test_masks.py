@@ -24,7 +24,9 @@ def pairs(tile: Tile) -> list[tuple[int, int]]:
     ]
 
 
-def check(mask: Mask, sees: Sees, seq_len: int, size: int, name: str) -> None:
+def check(
+    mask: Mask, sees: Sees, seq_len: int, size: int, name: str | layout.ZigzagDocuments
+) -> None:
     shards = layout.shards(seq_len, size, name)
     positions = [[p for span in shard for p in span] for shard in shards]
     regions = mask.regions(seq_len)
@@ -110,6 +112,30 @@ def test_ten_thousand_documents_over_eight_ranks_take_less_than_a_second(layout_
     assert len(found) >= 1_000
 
 
+def test_two_thousand_documents_each_in_zigzag_take_less_than_a_second() -> None:
+    random = Random(0)
+    cuts = (0, *accumulate(16 * random.randint(1, 250) for _ in range(2_000)))
+    start = time.process_time()
+    regions = masks.documents(cuts).regions(cuts[-1])
+    shards = layout.shards(cuts[-1], 8, layout.ZigzagDocuments(cuts))
+    found = [len(list(regions.tiles(shards[3], source))) for source in shards]
+    assert time.process_time() - start < 1.0
+    assert min(found) >= 4_000
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_tiles_cover_padded_documents_each_in_zigzag(size: int) -> None:
+    cuts, lens = [0, 12, 12, 36, 48], [7, 0, 24, 1]
+
+    def sees(q: int, k: int) -> bool:
+        return k <= q and any(a <= k <= q < a + n for a, n in zip(cuts, lens, strict=False))
+
+    mask, shards = masks.documents(cuts, lens=lens), layout.ZigzagDocuments(tuple(cuts))
+    check(mask, sees, 48, size, shards)
+    check(pickle.loads(pickle.dumps(mask)), sees, 50, size, "striped")
+    assert mask != masks.documents(cuts)
+
+
 def test_spans_may_come_from_an_iterator() -> None:
     listed = masks.bidirectional_spans([(2, 5), (8, 9)])
     assert masks.bidirectional_spans(zip([2, 8], [5, 9], strict=True)) == listed
@@ -144,6 +170,8 @@ def test_masks_are_equal_by_name_and_arguments_and_survive_pickling() -> None:
         (lambda: masks.prefix_lm(-2), "got -2"),
         (lambda: masks.documents([1, 4]), r"got \(1, 4\)"),
         (lambda: masks.documents([0, 4, 3]), "never fall"),
+        (lambda: masks.documents([0, 4, 8], lens=[5, 1]), r"lens \(5, 1\)"),
+        (lambda: masks.documents([0, 4, 8], lens=[4]), "one length for each of 2 places"),
         (lambda: masks.bidirectional_spans([(0, 4), (3, 6)]), "without overlap"),
         (lambda: masks.documents([0, 9]).regions(8), "speaks of 9 positions, the sequence has 8"),
         (lambda: masks.tiles(masks.causal(), (range(0, 8, 2),), (range(8),)), "the same layout"),

@@ -28,6 +28,7 @@ from ring_sp.integrations.megatron import (
     use_ring_positions,
     with_ring_attention,
 )
+from ring_sp.integrations.megatron.rotary import Place
 
 SEQ_LEN, VOCAB, BATCH = 48, 32, 2
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -190,28 +191,32 @@ def refusals() -> dict[str, str]:
     )
     attend, empty = core(ring), ModuleSpec(module=torch.nn.Identity)
     thd = PackedSeqParams(qkv_format="thd")
+    uneven_thd = PackedSeqParams("thd", torch.tensor([0, 3, 8]), torch.tensor([0, 4, 8]))
+    seen = RingSequenceParams(sequence=ring.sequence(8))
+    prefix = RingSequenceParams(sequence=ring.sequence(8, masks.prefix_lm(2)))
     foreign = RingSequenceParams(sequence=ShardedSequence(4))
     striped = core(MegatronRing(ring.topology, "striped"))
-    uneven = ring.sequence(7, masks.causal())
+    uneven = RingSequenceParams(sequence=ring.sequence(7))
     fresh = core(MegatronRing(ring.topology))
     return {
         "dropout": raised(core, attention_dropout=0.1),
-        "window": raised(core, window_size=(8, 0)),
-        "sinks": raised(core, softmax_type="learnable"),
-        "cross": raised(core, attention_type="cross"),
+        "sinks": raised(core, softmax_type="learned"),
+        "kind": raised(core, attention_type="sideways"),
         "another ring": raised(core, bare),
-        "mla": raised(core, multi_latent_attention=True),
-        "mtp": raised(core, mtp_num_layers=1),
+        "graphs": raised(core, cuda_graph_impl="local"),
+        "window": raised(core(window_size=(8, 0)), x, x, x, None, packed_seq_params=prefix),
+        "packed cross": raised(core(attention_type="cross"), x, x, x, None, None, None, seen),
         "a2a": raised(core, cp_comm_type="a2a"),
         "another topology": raised(attend, x, x, x, None, packed_seq_params=foreign),
         "positions": raised(striped, x, x, x, None),
-        "uneven positions": raised(fresh._sequence, 4, None, RingSequenceParams(sequence=uneven)),
+        "uneven positions": raised(fresh, x, x, x, None, packed_seq_params=uneven),
         "stock positions": raised(fresh, x, x, x, None),
         "no sequence": raised(attend, x, x, x, None, packed_seq_params=RingSequenceParams()),
         "mask tensor": raised(attend, x, x, x, torch.ones(1, 1, 8, 8)),
         "mask type": raised(attend, x, x, x, None, AttnMaskType.padding),
         "bias": raised(attend, x, x, x, None, attention_bias=x),
-        "thd": raised(attend, x, x, x, None, packed_seq_params=thd),
+        "thd": raised(attend, x[:, 0], x[:, 0], x[:, 0], None, packed_seq_params=thd),
+        "thd keys": raised(attend, x[:, 0], x[:, 0], x[:, 0], None, packed_seq_params=uneven_thd),
         "nothing to replace": raised(with_ring_attention, empty, ring),
         "ulysses": raised(MegatronRing.from_group, ring.topology.group, ulysses=3),
         "layout": raised(MegatronRing(ring.topology, "spiral").sequence, 8, masks.causal()),
@@ -221,12 +226,12 @@ def refusals() -> dict[str, str]:
 def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World]) -> None:
     messages = {
         "dropout": "attention_dropout 0.1; use 0",
-        "window": "window_size (8, 0)",
-        "sinks": "softmax_type 'learnable'",
-        "cross": "attention_type 'cross'",
+        "window": "cannot narrow the mask prefix_lm(2)",
+        "sinks": "softmax_type 'learned'; use one of vanilla",
+        "kind": "attention_type 'sideways'",
         "another ring": "Megatron's context-parallel group has [0, 1]",
-        "mla": "no multi_latent_attention",
-        "mtp": "mtp_num_layers",
+        "graphs": "no CUDA graphs",
+        "packed cross": "cross attention has no packed sequences",
         "a2a": "got cp_comm_type 'a2a'",
         "another topology": "another topology",
         "positions": "call use_ring_positions",
@@ -234,7 +239,8 @@ def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World
         "mask tensor": "RingSequenceParams",
         "mask type": "got AttnMaskType.padding",
         "bias": "no attention bias",
-        "thd": "masks.documents(cu_seqlens)",
+        "thd": "need cu_seqlens_q in their PackedSeqParams",
+        "thd keys": "packs queries and keys alike",
         "nothing to replace": "no core_attention to replace",
         "ulysses": "has 2 ranks",
         "layout": "got 'spiral'",
@@ -273,5 +279,6 @@ def test_a_cast_to_bf16_leaves_the_angles_alone(world: Callable[[int], World]) -
 def angles_survive_bf16() -> bool:
     ring = start(Case())
     model, sequence = gpt(Case(), ring), ring.sequence(4096, masks.causal())
-    before = model.rotary_pos_emb(sequence)
-    return torch.equal(before, model.bfloat16().rotary_pos_emb(sequence))
+    place = Place(RingSequenceParams(sequence=sequence))
+    before = model.rotary_pos_emb(place)
+    return torch.equal(before, model.bfloat16().rotary_pos_emb(place))

@@ -1,39 +1,90 @@
-"""Put the ring into Megatron's layer specs."""
+"""Put the ring, and norms that know tensor-sequence parallelism, into Megatron's specs."""
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import fields, is_dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+from megatron.core.extensions import transformer_engine
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from ring_sp.integrations.megatron.core_attention import RingCoreAttention
+from ring_sp.integrations.megatron.norm import TensorSequenceNorm
 from ring_sp.integrations.megatron.ring import MegatronRing
 
+Spec = TypeVar("Spec")
+Swap = Callable[[str, Any], Any]
+"""What takes the place of a field's value; None to look inside it."""
 
-def with_ring_attention(spec: ModuleSpec, ring: MegatronRing) -> ModuleSpec:
-    """A copy of a layer or block spec in which every `core_attention` is the ring.
+
+def stock_cores() -> tuple[type, ...]:
+    """Megatron's own core attentions, which the ring replaces."""
+    fused = getattr(transformer_engine, "TEDotProductAttention", None)
+    return (DotProductAttention, *([fused] if isinstance(fused, type) else []))
+
+
+def with_ring_attention(spec: Spec, ring: MegatronRing) -> Spec:
+    """A copy of a layer, block, multi-token-prediction or hybrid spec in which every stock
+    `core_attention` is the ring.
 
     Raises ValueError if the spec has none.
     """
-    core = ModuleSpec(module=RingCoreAttention, params={"ring": ring})
-    replaced, count = _replace(spec, core)
+    replaced, count = ring_spec(spec, ring)
     if not count:
-        raise ValueError(f"the spec of {spec.module} has no core_attention to replace")
+        module = getattr(spec, "module", type(spec))
+        raise ValueError(f"the spec of {module} has no core_attention to replace")
     return replaced
 
 
-def _replace(node: Any, core: ModuleSpec) -> tuple[Any, int]:
-    """A copy of a spec, of its submodules, or of a list of specs, and how many cores it changed."""
+def ring_spec(spec: Spec, ring: MegatronRing) -> tuple[Spec, int]:
+    """`with_ring_attention`, and how many cores it replaced; none is no error."""
+    core = ModuleSpec(module=RingCoreAttention, params={"ring": ring})
+    known = (*stock_cores(), RingCoreAttention)
+
+    def swap(name: str, value: Any) -> Any:
+        module = value.module if isinstance(value, ModuleSpec) else value
+        return core if name == "core_attention" and module in known else None
+
+    return _replace(spec, swap)
+
+
+def with_tensor_sequence_norms(spec: Spec) -> Spec:
+    """A copy of a spec in which norms of plain torch work under tensor-sequence parallelism."""
+
+    def swap(_: str, value: Any) -> Any:
+        return TensorSequenceNorm if value is WrappedTorchNorm else None
+
+    replaced: Spec = _replace(spec, swap)[0]
+    return replaced
+
+
+def _replace(node: Any, swap: Swap) -> tuple[Any, int]:
+    """A copy of a spec, of its submodules, or of a list of specs, and how many fields it changed.
+
+    A spec that several layers share is copied for each: they share nothing that is built.
+    """
     if isinstance(node, list | tuple):
-        parts = [_replace(part, core) for part in node]
+        parts = [_replace(part, swap) for part in node]
         return type(node)(part for part, _ in parts), sum(count for _, count in parts)
+    if isinstance(node, partial):
+        swapped = {name: _field(name, value, swap) for name, value in node.keywords.items()}
+        total = sum(count for _, count in swapped.values())
+        keywords = {name: value for name, (value, _) in swapped.items()}
+        return (partial(node.func, *node.args, **keywords) if total else node), total
     if not is_dataclass(node) or isinstance(node, type):
         return node, 0
     node, total = copy(node), 0
     for name in (field.name for field in fields(node)):
-        old = getattr(node, name)
-        replaced, count = (core, 1) if name == "core_attention" and old else _replace(old, core)
+        replaced, count = _field(name, getattr(node, name), swap)
         if count:
             setattr(node, name, replaced)
             total += count
     return node, total
+
+
+def _field(name: str, value: Any, swap: Swap) -> tuple[Any, int]:
+    swapped = swap(name, value)
+    return _replace(value, swap) if swapped is None else (swapped, 1)

@@ -1,0 +1,161 @@
+"""What of Megatron, Transformer Engine, apex and the ring's kernels is on this machine."""
+
+import re
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+
+from ring_sp.kernels import KERNELS
+from ring_sp.kernels.contract import Call
+
+FIRST_TESTED, LAST_TESTED = (0, 16, 1), (0, 19)
+"""Versions of Megatron-core that the tests run with; of the last, any patch level."""
+APEX_EXTENSIONS = {
+    "amp_C": "multi-tensor scaling and norms, FusedAdam",
+    "fused_layer_norm_cuda": "fused layer norm",
+    "fast_layer_norm": "persistent layer norm",
+    "fused_weight_gradient_mlp_cuda": "fused accumulation of weight gradients",
+}
+"""The parts of NVIDIA's apex that Megatron uses; each is built or not by itself."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there; versions and folders are None where nothing is."""
+
+    megatron: str | None
+    megatron_at: Path | None
+    has_training: bool
+    """Whether megatron.training, its pretraining loop, is there."""
+    transformer_engine: str | None
+    apex: str | None
+    """None, "NVIDIA" or what else goes by that name."""
+    apex_extensions: frozenset[str]
+    kernels: dict[str, str | None]
+    """Why each kernel cannot serve bf16 heads of 128 on this machine; None if it can."""
+
+    def refuse_foreign_apex(self) -> None:
+        """Raise ValueError for a package apex that is not NVIDIA's: Megatron would use it."""
+        if self.apex not in (None, "NVIDIA"):
+            raise ValueError(
+                f"the package apex here is {self.apex}, not NVIDIA's, and Megatron takes it for "
+                f"that: pip uninstall apex, or install https://github.com/NVIDIA/apex"
+            )
+
+    def refuse_untested(self, untested: bool = False) -> None:
+        """Raise ValueError without Megatron-core, or for a version that the tests have not run
+        with, unless `untested` says that it is meant.
+        """
+        if self.megatron is None:
+            raise ValueError('Megatron-core is not there: pip install "ring_sp[megatron]"')
+        version = tuple(map(int, re.findall(r"\d+", self.megatron)[:3]))
+        if not untested and not FIRST_TESTED <= version < (0, LAST_TESTED[1] + 1):
+            raise ValueError(
+                f"ring_sp is tested with Megatron-core {'.'.join(map(str, FIRST_TESTED))} to "
+                f"{'.'.join(map(str, LAST_TESTED))}; got {self.megatron} in {self.megatron_at}. "
+                f"Use one of these, or say --ring-untested-megatron and compare losses yourself."
+            )
+
+
+def look() -> Found:
+    """Look without importing any of it."""
+    core = _folder("megatron.core")
+    kind, extensions = _apex()
+    return Found(
+        megatron=_version_in(core / "package_info.py") if core else None,
+        megatron_at=core,
+        has_training=_folder("megatron.training") is not None,
+        transformer_engine=_version("transformer_engine", "transformer-engine"),
+        apex=kind,
+        apex_extensions=extensions,
+        kernels=_kernels(),
+    )
+
+
+def lines(found: Found) -> list[str]:
+    """A report: what was found, and what a model gets."""
+    training = "with" if found.has_training else "without"
+    at = f", in {found.megatron_at}" if found.megatron_at else ""
+    rows = [
+        ("Megatron-core", f"{found.megatron or 'missing'}, {training} megatron.training{at}"),
+        ("Transformer Engine", found.transformer_engine or "missing"),
+        ("apex", found.apex or "missing"),
+    ]
+    for name, use in APEX_EXTENSIONS.items() if found.apex else ():
+        there = "there" if name in found.apex_extensions else "missing"
+        rows.append((f"  {name}", f"{there}; for {use}"))
+    rows.append(("torch", f"{torch.__version__}, {_device()}"))
+    rows.append(("kernels", "for bf16, head dim 128"))
+    rows.extend((f"  {name}", reason or "can serve") for name, reason in found.kernels.items())
+    rows.append(("a model gets", ""))
+    rows.extend((f"  {name}", what) for name, what in used(found).items())
+    return [f"{name:<33}{what}".rstrip() for name, what in rows]
+
+
+def used(found: Found) -> dict[str, str]:
+    """Whose parts a model gets."""
+    engine, parts = found.transformer_engine is not None, found.apex_extensions
+    local = "apex" if "fused_layer_norm_cuda" in parts else "torch, tagged by ring_sp"
+    adam = "Transformer Engine" if engine else "apex" if "amp_C" in parts else "torch"
+    fused = engine or "fused_weight_gradient_mlp_cuda" in parts
+    return {
+        "attention": "the ring, in every layer",
+        "norms": f"Transformer Engine; with --transformer-impl local {local}" if engine else local,
+        "Adam": adam,
+        "weight gradients": (
+            "accumulated in the matrix product"
+            if fused
+            else "accumulated by torch; needs --no-gradient-accumulation-fusion"
+        ),
+    }
+
+
+def _folder(package: str) -> Path | None:
+    try:
+        spec = util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0]) if places else None
+
+
+def _version_in(info: Path) -> str:
+    numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", info.read_text(), re.MULTILINE))
+    return ".".join(numbers.get(name, "0") for name in ("MAJOR", "MINOR", "PATCH"))
+
+
+def _version(package: str, distribution: str) -> str | None:
+    if _folder(package) is None:
+        return None
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _apex() -> tuple[str | None, frozenset[str]]:
+    """Whose apex this is, and which of its extensions are built."""
+    folder = _folder("apex")
+    if folder is None:
+        return None, frozenset()
+    if not (folder / "multi_tensor_apply").is_dir():
+        try:
+            about = metadata.metadata("apex")
+            return f"{about['Name']} {about['Version']} ({about['Summary']})", frozenset()
+        except metadata.PackageNotFoundError:
+            return f"the folder {folder}", frozenset()
+    return "NVIDIA", frozenset(name for name in APEX_EXTENSIONS if util.find_spec(name))
+
+
+def _kernels() -> dict[str, str | None]:
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    call = Call(device_type, torch.bfloat16, 128, 128, scale=128**-0.5)
+    return {name: kernel.refusal(call) for name, kernel in KERNELS.items()}
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -1,0 +1,37 @@
+"""What of a Megatron config the ring cannot do, said before anything is built."""
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
+
+
+def refuse_config(config: TransformerConfig, attention_type: str, dropout: float) -> None:
+    """Raise NotImplementedError for settings that change the scores and that the ring lacks."""
+    softmax_type = getattr(config, "softmax_type", "vanilla")
+    variant = getattr(config, "experimental_attention_variant", None)
+    unsupported = {
+        f"attention_type {attention_type!r}": attention_type not in ("self", "cross"),
+        f"attention_dropout {dropout}; use 0": dropout != 0,
+        f"softmax_type {softmax_type!r}; use one of {', '.join(SOFTMAX_TYPES)}": (
+            softmax_type not in SOFTMAX_TYPES
+        ),
+        f"experimental_attention_variant {variant!r}": variant is not None,
+        "qk_clip": getattr(config, "qk_clip", False),
+        "log_max_attention_logit": getattr(config, "log_max_attention_logit", False),
+        "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),
+        "batch_invariant_mode": getattr(config, "batch_invariant_mode", False),
+        "CUDA graphs; use cuda_graph_impl 'none'": _captured(config),
+        "offloading of core_attn; take it out of offload_modules": (
+            getattr(config, "fine_grained_activation_offloading", False)
+            and "core_attn" in (config.offload_modules or [])
+        ),
+    }
+    found = [name for name, present in unsupported.items() if present]
+    if found:
+        raise NotImplementedError(f"RingCoreAttention has no {'; no '.join(found)}")
+
+
+def _captured(config: TransformerConfig) -> bool:
+    """Whether Megatron would record the layer's work as a CUDA graph."""
+    impl = getattr(config, "cuda_graph_impl", None) or "none"
+    return impl != "none" or bool(getattr(config, "enable_cuda_graph", False))
