@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ring_sp.integrations.megatron import install
 
+SEED = 23
+"""From which dropout draws."""
+
 Result = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -48,6 +51,7 @@ def stock(given: Case, data_rank: int, ringed: bool = False) -> Result:
         later = torch.ones(len(held), len(held), dtype=torch.bool).triu(1)[None, None]
         positions = torch.arange(len(held)).expand_as(own)
         extra = labels(own, torch.ones_like(own)) if is_mtp(given) else {}
+        torch.manual_seed(SEED)
         with OnCpu():
             out = model(own, positions, None if ringed else later, **extra)
         results[:, place] = out.detach()
@@ -110,6 +114,7 @@ def step(
 ) -> Result:
     """This rank's logits or losses, and the gradients of its weights."""
     extra = labels(tokens, counted.expand_as(tokens)) if is_mtp(given) else {}
+    torch.manual_seed(SEED)
     out = model(tokens, positions.expand_as(tokens), None, packed_seq_params=params, **extra)
     if out.dim() == 3:
         rank = parallel_state.get_tensor_model_parallel_rank()

@@ -199,7 +199,6 @@ def refusals() -> dict[str, str]:
     uneven = RingSequenceParams(sequence=ring.sequence(7))
     fresh = core(MegatronRing(ring.topology))
     return {
-        "dropout": raised(core, attention_dropout=0.1),
         "sinks": raised(core, softmax_type="learned"),
         "kind": raised(core, attention_type="sideways"),
         "another ring": raised(core, bare),
@@ -225,7 +224,6 @@ def refusals() -> dict[str, str]:
 
 def test_what_the_ring_cannot_do_is_refused_by_name(world: Callable[[int], World]) -> None:
     messages = {
-        "dropout": "attention_dropout 0.1; use 0",
         "window": "cannot narrow the mask prefix_lm(2)",
         "sinks": "softmax_type 'learned'; use one of vanilla",
         "kind": "attention_type 'sideways'",

@@ -13,6 +13,8 @@ from ring_sp.integrations.megatron import MegatronRing
 from ring_sp.integrations.megatron.roll import RollTokens
 
 DOCUMENTS = (0, 8, 32, SEQ_LEN)
+DROPOUT = {"attention_dropout": 0.3}
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 WINDOW = {"window_size": (9, 0), "window_attn_skip_freq": 2}
 
 
@@ -55,10 +57,12 @@ def test_a_model_over_a_ring_equals_stock_megatron_on_one_rank(
         (4, case(ring=4, ulysses=2, layout="striped", config=MLA)),
         (2, case(ring=2, layout="contiguous", config={**MLA, "rope_type": "rope"})),
         (2, case(ring=2, cuts=DOCUMENTS, lens=(5, 24, 13), config=MLA)),
+        (4, case(ring=4, layout="striped", ulysses=2, config=DROPOUT)),
+        (2, case(ring=2, config={**DROPOUT, **RECOMPUTED})),
     ],
     ids=str,
 )
-def test_multi_latent_attention_over_a_ring_equals_a_ring_of_one(
+def test_what_stock_megatron_lacks_is_over_a_ring_as_on_a_ring_of_one(
     world: Callable[[int], World], size: int, given: Case
 ) -> None:
     whole = world(1).run(stock, given, 0, True)

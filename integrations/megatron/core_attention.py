@@ -19,6 +19,9 @@ from ring_sp.integrations.megatron.layer_mask import rule, window_of, within
 from ring_sp.integrations.megatron.refusals import refuse_config
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
 
+TENSOR_STRIDE = 0x1E3779B97F4A7C15
+"""Between the seeds of tensor ranks, whose heads are others."""
+
 
 class RingCoreAttention(MegatronModule):
     """Takes the place of `DotProductAttention` in a layer spec; makes no process groups, so that
@@ -51,8 +54,10 @@ class RingCoreAttention(MegatronModule):
         super().__init__(config=config)
         if pg_collection is None:
             raise ValueError("RingCoreAttention needs the pg_collection that Megatron passes")
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        refuse_config(config, attention_type, dropout)
+        refuse_config(config, attention_type)
+        self.dropout_p: float = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
         self.ring = ring or MegatronRing.from_group(pg_collection.cp)
         _require_ring_over(pg_collection.cp, self.ring)
         if others.get("cp_comm_type") not in (None, "p2p"):
@@ -126,12 +131,25 @@ class RingCoreAttention(MegatronModule):
             scale=self.softmax_scale,
             sinks=self.softmax_offset,
             kernel=self.ring.kernel,
+            **self._dropout(),
         )
         if not packed:
             return out.transpose(0, 1).flatten(2)
         thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         # Multi-latent attention puts the batch dimension back in Megatron's own format only.
         return out[0].flatten(1) if thd else out[0, :, None].flatten(2)
+
+    def _dropout(self) -> dict[str, Any]:
+        """The probability, and a seed that is another for each layer, step and tensor rank.
+
+        It is drawn on the CPU, where Megatron's ranks of one ring draw alike, and recomputation
+        draws what the forward drew.
+        """
+        if not self.training or not self.dropout_p:
+            return {}
+        drawn = int(torch.randint(1 << 62, (), device="cpu").item())
+        seed = (drawn + self.tp_group.rank() * TENSOR_STRIDE) % (1 << 63)
+        return {"dropout_p": self.dropout_p, "dropout_seed": seed}
 
     def _sequences(
         self, query: Tensor, key: Tensor, mask_type: AttnMaskType, params: PackedSeqParams | None

@@ -7,9 +7,8 @@ from typing import Any
 
 from ring_sp.kernels import KERNELS
 from ring_sp.layout import LAYOUTS
+from ring_sp.topology import EXCHANGES
 
-EXCHANGES = ("ring",)
-"""How keys and values reach the ranks that need them."""
 _BARE = 0
 """What --sequence-parallel-ring says without a number."""
 _RING, _CONTEXT = "--sequence-parallel-ring", "--context-parallel-size"
@@ -26,7 +25,7 @@ class RingOptions:
     kernel: str = "auto"
     ulysses: int = 1
     outer: int = 1
-    exchange: str = "ring"
+    exchange: str = "messages"
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that do not fit each other, or unknown names."""
@@ -103,7 +102,12 @@ def add_ring_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--ring-kernel", choices=kernels, default="auto", help="attention kernel")
     add("--ring-ulysses", type=_positive, default=1, help="ranks that trade heads for sequence")
     add("--ring-outer", type=_positive, default=1, help="rings in a ring of rings, for slow links")
-    add("--ring-exchange", choices=EXCHANGES, default="ring", help="how keys reach other ranks")
+    add(
+        "--ring-exchange",
+        choices=EXCHANGES,
+        default="messages",
+        help="how a ring moves tensors; copies: by the copy engines of the GPUs of one host",
+    )
     return parser
 
 

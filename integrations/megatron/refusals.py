@@ -5,13 +5,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 SOFTMAX_TYPES = ("vanilla", "off-by-one", "learnable")
 
 
-def refuse_config(config: TransformerConfig, attention_type: str, dropout: float) -> None:
+def refuse_config(config: TransformerConfig, attention_type: str) -> None:
     """Raise NotImplementedError for settings that change the scores and that the ring lacks."""
     softmax_type = getattr(config, "softmax_type", "vanilla")
     variant = getattr(config, "experimental_attention_variant", None)
     unsupported = {
         f"attention_type {attention_type!r}": attention_type not in ("self", "cross"),
-        f"attention_dropout {dropout}; use 0": dropout != 0,
         f"softmax_type {softmax_type!r}; use one of {', '.join(SOFTMAX_TYPES)}": (
             softmax_type not in SOFTMAX_TYPES
         ),

@@ -46,14 +46,18 @@ class MegatronRing:
         kernel: str = "auto",
         ulysses: int = 1,
         outer: int = 1,
+        exchange: str = "messages",
     ) -> "MegatronRing":
         """Divide Megatron's context-parallel group into outer x ring x Ulysses.
 
         Where `ulysses` or `outer` exceeds 1, every rank of the world must call it: once, right
-        after `initialize_model_parallel`. Raises ValueError for sizes that do not divide the group.
+        after `initialize_model_parallel`. `exchange` is that of `ProcessGroupManager.from_group`.
+        Raises ValueError for sizes that do not divide the group.
         """
-        topology = ProcessGroupManager.from_group(group, ulysses=ulysses, outer=outer).topology
-        return cls(topology, layout, kernel)
+        manager = ProcessGroupManager.from_group(
+            group, ulysses=ulysses, outer=outer, exchange=exchange
+        )
+        return cls(manager.topology, layout, kernel)
 
     @classmethod
     def from_options(cls, options: RingOptions, group: ProcessGroup) -> "MegatronRing":
@@ -65,8 +69,14 @@ class MegatronRing:
                 f"--sequence-parallel-ring asks for {options.size} ranks, and Megatron's "
                 f"context-parallel group has {group.size()}: give both the same size"
             )
-        parts = {"ulysses": options.ulysses, "outer": options.outer}
-        return cls.from_group(group, layout=options.layout, kernel=options.kernel, **parts)
+        return cls.from_group(
+            group,
+            layout=options.layout,
+            kernel=options.kernel,
+            ulysses=options.ulysses,
+            outer=options.outer,
+            exchange=options.exchange,
+        )
 
     @property
     def is_stock(self) -> bool:
