@@ -17,7 +17,7 @@ from ring_sp import layout, masks
 
 RANKS, TOKENS = 4, 32
 LAYOUTS = ("contiguous", "striped", "zigzag")
-"""Under a causal mask "balanced" is zigzag."""
+"""Under a causal mask "balanced" is zigzag, for sequences longer than these."""
 COLORS = ("#4477aa", "#ccbb44", "#228833", "#ee6677")
 
 

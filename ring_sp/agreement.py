@@ -32,22 +32,28 @@ def refusal(check: Callable[[], object]) -> Refusal | None:
 
 
 def agree(
-    topology: Topology, subject: str, terms: str, error: Refusal | None, device_type: str
+    topology: Topology,
+    subject: str,
+    terms: str,
+    error: Refusal | None,
+    device_type: str,
+    once: str = "",
 ) -> None:
     """Raise on every rank if one brings an error or other terms than the rest; else return, with
     the communicators for tensors on `device_type` open.
 
     Terms that were agreed on before cost a lookup and no communication. An error about a `subject`
-    that was agreed on before is raised here alone: the other ranks may be under way.
+    that was agreed on before is raised here alone: the other ranks may be under way. What is said
+    `once` is compared with the terms, and not remembered.
     """
     known = topology.agreements
     if error is not None and (terms in known or subject in known):
         raise error
     if terms in known:
         return
-    reports: list[_Report] = [(terms, error)] * topology.size
+    reports: list[_Report] = [(terms + once, error)] * topology.size
     if topology.size > 1:
-        dist.all_gather_object(reports, (terms, error), group=topology.group)
+        dist.all_gather_object(reports, (terms + once, error), group=topology.group)
     _raise_disagreement(reports, topology.rank)
     _connect(topology, device_type)
     known.update({subject: None, terms: None})

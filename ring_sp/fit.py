@@ -4,7 +4,6 @@ from collections.abc import Hashable
 from math import inf, isfinite
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from ring_sp.agreement import agree, agreed, refusal
@@ -48,11 +47,12 @@ def fitting_kernel(
     """
     _check_kinds(sequence, keys)
     seed = options.dropout_seed
-    # A seed is new in each call, and looked at in each; the first ones must be the same.
-    wrong = "" if _seeds(options.dropout_p, seed) else f" but for seed {seed}"
-    steady = options._replace(dropout_seed=None)
-    asked = f"{steady}{wrong}, gradients {trained}, over {sequence.place}, keys of {keys.place}"
-    call = *map(_seen, (q, k, v, sinks)), keys.topology, asked
+    # A seed is new in each call: whether it is one is looked at in each, whether all ranks have the
+    # same in the first.
+    steady = ", ".join(f"{n}={x}" for n, x in options._asdict().items() if n != "dropout_seed")
+    asked = f"{steady}, gradients {trained}, sums in {sequence.topology.sums_dtype}"
+    asked += f", over {sequence.place}, keys of {keys.place}"
+    call = *map(_seen, (q, k, v, sinks)), keys.topology, asked, _seeds(options.dropout_p, seed)
     kernel, terms = sequence.served.get(call, (None, ""))
     if kernel is None or not agreed(sequence.topology, terms):
         found: list[Kernel] = []
@@ -60,8 +60,9 @@ def fitting_kernel(
         error = refusal(lambda: found.append(select(options.kernel, fitting_call(*all_given))))
         tensors = zip(("q", "k", "v", "sinks"), (q, k, v, sinks), strict=True)
         terms = ", ".join([*(f"{name} {_shared(x)}" for name, x in tensors), asked])
-        terms += f", seed {seed}, kernel {found[0].__name__}" if found else ""
-        agree(sequence.topology, asked, terms, error, "cpu" if error else q.device.type)
+        terms += f", kernel {found[0].__name__}" if found else ""
+        device_type = "cpu" if error else q.device.type
+        agree(sequence.topology, asked, terms, error, device_type, f", dropout_seed={seed}")
         (kernel,) = found
         if len(sequence.served) >= KEPT_CALLS:
             sequence.served.clear()
@@ -108,7 +109,7 @@ def fitting_call(
     _check_sequences(sequence, keys)
     _check_tensors({"q": q, "k": k, "v": v})
     _check_lengths(q, k, sequence, keys)
-    _check_sums(q.dtype, sequence.topology.sums_dtype)
+    _check_exchange(q, sequence, options)
     heads = q.shape[2]
     if sinks is not None and not (
         isinstance(sinks, Tensor) and sinks.shape == (heads,) and sinks.device == q.device
@@ -155,8 +156,8 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"dropout needs 0 <= dropout_p < 1; got dropout_p={p}")
     if not _seeds(p, seed):
         raise ValueError(
-            f"dropout_p={p} needs a dropout_seed from 0 to 2**63 - 1, one for all ranks of the "
-            f"sequence and another for each layer and step; got {seed}"
+            f"dropout_p={p} needs an int from 0 to 2**63 - 1 as dropout_seed, one for all ranks of "
+            f"the sequence and another for each layer and step; got {seed!r}"
         )
 
 
@@ -181,7 +182,18 @@ def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:
         sequence.plan(keys).tiles(source)
 
 
-def _check_sums(dtype: torch.dtype, sums_dtype: torch.dtype | None) -> None:
+def _check_exchange(q: Tensor, sequence: ShardedSequence, options: Options) -> None:
+    topology, dtype = sequence.topology, q.dtype
+    sums_dtype = topology.sums_dtype
+    copies = any(axis.memory for axis in topology.rings)
+    if copies and q.device.type not in {"cuda", "meta"}:
+        raise ValueError(
+            f"a topology built with exchange='copies' moves tensors on GPUs; got {q.device}"
+        )
+    if options.dropout_p and sequence.seq_len >= 1 << 31:
+        raise NotImplementedError(
+            f"dropout counts positions below 2**31; got a sequence of {sequence.seq_len} tokens"
+        )
     if sums_dtype not in (None, dtype, accumulation_dtype(dtype)):
         raise ValueError(
             f"sums_dtype must be None, {dtype} or {accumulation_dtype(dtype)} for q of {dtype}; "

@@ -48,8 +48,8 @@ def balanced(seq_len: int, size: int, work: Work = len) -> tuple[Shard, ...]:
     """Every rank holds 1, 2, 4, ... or 64 chunks, whichever first spreads the work evenly (or the
     best of them), so that packed documents weigh the same on all ranks.
 
-    The heaviest chunk goes to the rank with the least work so far. Under a causal mask that is
-    zigzag, under a full one contiguous.
+    The heaviest chunk goes to the rank with the least work so far. For long sequences that is
+    zigzag under a causal mask, and contiguous under a full one.
     """
     best, best_share = contiguous(seq_len, size), 0.0
     for chunks in takewhile(lambda n: n <= min(64, seq_len // size), (1 << n for n in count())):
@@ -146,6 +146,15 @@ def shard_len(shard: Shard) -> int:
     return sum(map(len, shard))
 
 
+def joined(shard: Shard) -> Shard:
+    """The same positions, with spans of step 1 that follow each other as one."""
+    found: list[range] = []
+    for span in shard:
+        follows = found and found[-1].stop == span.start and found[-1].step == span.step == 1
+        found.append(range(found.pop().start, span.stop) if follows else span)
+    return tuple(found)
+
+
 def split(shard: Shard, parts: int) -> tuple[Shard, ...]:
     """Cut a shard into `parts` consecutive pieces of its own storage order (for Ulysses peers)."""
     stretches = _stretches(_even(shard_len(shard), parts))
@@ -177,10 +186,8 @@ def _held(owners: Sequence[int], lens: Sequence[Sequence[int]]) -> tuple[Shard, 
     held: list[list[range]] = [[] for _ in lens]
     for owner in owners:
         start, stop = stop, stop + next(left[owner])
-        if held[owner] and held[owner][-1].stop == start:
-            start = held[owner].pop().start
         held[owner].append(range(start, stop))
-    return tuple(map(tuple, held))
+    return tuple(joined(tuple(shard)) for shard in held)
 
 
 def _take(shard: Shard, start: int, stop: int) -> Shard:

@@ -253,9 +253,6 @@ def _by_queries(
 
 
 def _sum(like: Tensor, own: Tensor | None, others: Tensor | None) -> Tensor:
-    """The sum of what there is, in the dtype of `like`; others' memory is the exchange's."""
-    if own is None:
-        return torch.zeros_like(like) if others is None else others.to(like.dtype, copy=True)
-    if others is None:
-        return own.to(like.dtype)
-    return torch.add(own, others, out=torch.empty_like(like))
+    """The sum of what there is, in the dtype of `like`."""
+    one, *more = [part for part in (own, others) if part is not None] or [torch.zeros_like(like)]
+    return torch.add(one, *more, out=torch.empty_like(like)) if more else one.to(like.dtype)

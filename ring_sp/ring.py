@@ -271,4 +271,9 @@ class _Sums:
 
     def finish(self) -> Tensor | None:
         self._transfer.wait()
-        return self._home
+        memory = self._ring.memory
+        if memory is None:
+            return self._home
+        home = None if self._home is None else self._home.clone()
+        memory.release()
+        return home

@@ -2,7 +2,8 @@
 
 A transfer of NCCL is a kernel: it takes multiprocessors from the attention beside it, and holds
 them while it waits for its peer. Here a stream waits for flags and starts copies, and no
-multiprocessor takes part. For GPUs that reach each other's memory (torch's symmetric memory).
+multiprocessor takes part. For GPUs of one host that reach each other's memory (torch's symmetric
+memory). Nothing watches the flags: where a rank dies, its peers wait until they are killed.
 """
 
 import ctypes
@@ -16,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 SLOTS = 2, 3
-"""Of messages with each tag: a rank receives one, reads another, and sums come home. Two ranks have
-one of each: nothing goes on.
+"""Of messages with each tag: a rank receives one, reads another, and sums come home. In a single
+ring of two ranks one of each will do: nothing goes on.
 """
 ALIGNMENT = 512
 READY, DONE = 0, 1
@@ -35,24 +36,17 @@ class Room(NamedTuple):
 
 
 class Memory:
-    """The slots and flags of each rank of an axis. Collective, here and where it grows.
-
-    Raises NotImplementedError where a rank cannot reach the memory of another.
+    """The slots and flags of each rank of an axis, which may be `nested` among rings. Collective,
+    here and where it grows.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, nested: bool) -> None:
         self.rank, self.size, self._group = dist.get_rank(group), dist.get_world_size(group), group
-        self._slots = SLOTS if self.size > 2 else (1, 1)
+        self._slots = SLOTS if nested or self.size > 2 else (1, 1)
         self._slot_bytes = [0 for _ in SLOTS]
         self._handle: Any = None
         self._streams: list[torch.cuda.Stream] = []
-        facts: list[tuple[str | None, str]] = [(None, "")] * self.size
-        dist.all_gather_object(facts, (_unavailable(), gethostname()), group=group)
-        reason = next((reason for reason, _ in facts if reason), None)
-        if len({host for _, host in facts}) > 1:
-            reason = "needs all GPUs of a ring in one host"
-        if reason:
-            raise NotImplementedError(f"exchange='copies' {reason}; use exchange='messages'")
+        self._last: torch.cuda.Event | None = None
         self.reserve(0, ALIGNMENT, torch.device("cuda", torch.cuda.current_device()))
 
     def reserve(self, tag: int, num_bytes: int, device: torch.device) -> None:
@@ -69,7 +63,19 @@ class Memory:
         self._streams = self._streams or [torch.cuda.Stream(device, -1) for _ in SLOTS]
 
     def stream(self, tag: int) -> torch.cuda.Stream:
-        return self._streams[tag]
+        """Where messages are moved, once all is done that the current stream has been given, and
+        the last pass, which may have been on another.
+        """
+        stream = self._streams[tag]
+        stream.wait_stream(torch.cuda.current_stream())
+        if self._last is not None and not torch.cuda.is_current_stream_capturing():
+            stream.wait_event(self._last)
+        return stream
+
+    def release(self) -> None:
+        """A pass has used all that it received, up to here on the current stream."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._last = torch.cuda.current_stream().record_event()
 
     def slot(self, tag: int, slot: int, room: Room) -> Tensor:
         """A slot of this rank as a 1-D tensor."""
@@ -130,7 +136,6 @@ class Copies:
             return self
         memory, tag = self._memory, self._tag
         stream = memory.stream(tag)
-        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for source in self._sources:
                 memory.set_flag(source, READY, tag)
@@ -147,6 +152,19 @@ class Copies:
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
         self._sent, self._event = [], None
+
+
+def check(group: dist.ProcessGroup | None, rings: list[list[int]]) -> None:
+    """Raise NotImplementedError on every rank of a group (None: the world) if one of them has no
+    memory to share, or one of `rings`, in numbers of the group, spans hosts. Collective.
+    """
+    facts: list[tuple[str | None, str]] = [(None, "")] * dist.get_world_size(group)
+    dist.all_gather_object(facts, (_unavailable(), gethostname()), group=group)
+    reason = next((reason for reason, _ in facts if reason), None)
+    if any(len({facts[place][1] for place in ring}) > 1 for ring in rings):
+        reason = "needs all GPUs of a ring in one host"
+    if reason:
+        raise NotImplementedError(f"exchange='copies' {reason}; use exchange='messages'")
 
 
 def _unavailable() -> str | None:

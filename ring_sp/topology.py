@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ring_sp.layout import whole_number
 from ring_sp.ring import Axis
-from ring_sp.symmetric import Memory
+from ring_sp.symmetric import Memory, check
 
 AXES = ("pipeline", "data", "outer", "ring", "ulysses", "tensor")
 """The axes of a world, slowest first: Megatron's rank order, tensor ranks adjacent."""
@@ -22,6 +22,9 @@ EXCHANGES = ("messages", "copies")
 
 SEQUENCE = ("outer", "ring", "ulysses")
 """The axes over which one sequence is spread."""
+
+RINGS = ("outer", "ring")
+"""Those round which keys and values go."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class ProcessGroupManager:
         shape = grid_shape(dist.get_world_size() if dist.is_initialized() else 1, sizes)
         if not dist.is_initialized():
             return cls(Topology(), {name: Axis() for name in (*AXES, "sequence", "data_sequence")})
+        if exchange == "copies":
+            check(None, [ring for dim in RINGS for ring in grid_groups(shape, [AXES.index(dim)])])
         device_type = device_type or _device_type()
         mesh = init_device_mesh(
             device_type, shape, mesh_dim_names=AXES, **_ring_options(device_type)
@@ -154,6 +159,9 @@ class ProcessGroupManager:
                 f"ulysses {ulysses} does not divide. Choose sizes whose product divides it."
             )
         shape = (outer, len(ranks) // (outer * ulysses), ulysses)
+        if exchange == "copies":
+            rings = [ring for dim in RINGS for ring in grid_groups(shape, [SEQUENCE.index(dim)])]
+            check(group, rings)
         axes = dict(zip(SEQUENCE, _parts(group, shape), strict=True))
         axes["sequence"] = _axis(group)
         return cls(_topology(axes, exchange, sums_dtype), axes)
@@ -218,15 +226,16 @@ def _check_exchange(exchange: str) -> None:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}; got {exchange!r}")
 
 
-def _exchanging(axis: Axis, exchange: str) -> Axis:
+def _exchanging(axis: Axis, exchange: str, nested: bool) -> Axis:
     """The axis with the memory that an exchange needs."""
     if exchange == "messages" or axis.group is None or axis.size == 1:
         return axis
-    return replace(axis, memory=Memory(axis.group))
+    return replace(axis, memory=Memory(axis.group, nested))
 
 
 def _topology(axes: dict[str, Axis], exchange: str, sums_dtype: torch.dtype | None) -> Topology:
-    outer, ring = (_exchanging(axes[name], exchange) for name in ("outer", "ring"))
+    nested = axes["outer"].size > 1 and axes["ring"].size > 1
+    outer, ring = (_exchanging(axes[name], exchange, nested) for name in RINGS)
     return Topology(outer, ring, axes["ulysses"], axes["sequence"].group, sums_dtype)
 
 
@@ -246,7 +255,7 @@ def _ring_options(device_type: str) -> dict[str, Any]:
     if device_type != "cuda" or dist.get_backend() != "nccl" or not known:
         return {}
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    return {"backend_override": dict.fromkeys(("outer", "ring"), ("nccl", options))}
+    return {"backend_override": dict.fromkeys(RINGS, ("nccl", options))}
 
 
 def _joined(axes: dict[str, Axis], mesh: DeviceMesh, names: Sequence[str]) -> Axis:

@@ -119,7 +119,7 @@ def bad_calls() -> dict[str, str]:
         "scale": "finite number; got nan",
         "dropout": "dropout_p=0.1",
         "no dropout_p": "dropout_p=None",
-        "rank 1 seed": "same call.*seed 1",
+        "rank 1 seed": "same call.*dropout_seed=1",
         "kernel list": "kernel must be one of",
         "no part": "must be a tensor; got.*NoneType",
         "rank 1 dropout": "dropout_p=0.1",

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import World
+from ranks import groups, raised
 from ringed import Case, assert_exact
 
-from ring_sp import ShardedSequence, layout, ring_attention
+from ring_sp import ProcessGroupManager, ShardedSequence, Topology, layout, ring_attention
 from ring_sp.kernels.dropout import Dropout, philox
 
 HEADS = 6
@@ -79,10 +81,42 @@ def test_a_ring_drops_what_one_rank_would(
     assert_exact(world(size), sizes, cases)
 
 
+def later_calls() -> list[str]:
+    """What goes wrong where seeds, sequences and topologies differ among ranks."""
+    rank, topology = dist.get_rank(), groups(ring=2).topology
+    kept = ShardedSequence(8, topology)
+
+    def call(seq: ShardedSequence, seed: int | None) -> str:
+        x = torch.zeros(1, seq.local_len, 2, 4)
+        return raised(ring_attention, x, x, x, seq, dropout_p=0.1, dropout_seed=seed)
+
+    fine = [call(kept, 1), call(ShardedSequence(8, topology) if rank else kept, 2)]
+    missing = "" if rank else call(kept, None)
+    kinds = None, torch.float32
+    group = topology.group
+    assert group is not None
+    other = ProcessGroupManager.from_group(group, sums_dtype=kinds[rank]).topology
+    return [*fine, missing, call(ShardedSequence(8, other), 3)]
+
+
+def test_ranks_that_differ_are_told_or_need_not_be(world: Callable[[int], World]) -> None:
+    for rank, (first, fresh, missing, sums) in enumerate(world(2).run(later_calls)):
+        assert first == fresh == ""
+        assert ("got None" in missing) == (rank == 0)
+        assert "same call" in sums and "sums in torch.float32" in sums
+
+
+def test_a_fresh_sequence_agrees_on_nothing_new() -> None:
+    x, topology = torch.zeros(1, 8, 2, 4), Topology()
+    for seed in range(5):
+        ring_attention(x, x, x, ShardedSequence(8, topology), dropout_p=0.1, dropout_seed=seed)
+        assert len(topology.agreements) == 3
+
+
 def test_dropout_wants_a_probability_and_a_seed_in_every_call() -> None:
     x, seq = torch.zeros(1, 8, 2, 4), ShardedSequence(8)
     for p, seed, message in [
-        (0.1, None, r"dropout_p=0\.1 needs a dropout_seed from 0 to 2\*\*63 - 1.*got None"),
+        (0.1, None, r"dropout_p=0\.1 needs an int from 0 to 2\*\*63 - 1.*got None"),
         (0.1, -1, "got -1"),
         (0.1, 1 << 63, "got 9223372036854775808"),
         (1.0, 1, r"0 <= dropout_p < 1; got dropout_p=1\.0"),

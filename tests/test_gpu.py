@@ -20,7 +20,8 @@ def topologies() -> list[dict[str, int]]:
     size = torch.cuda.device_count()
     split = [{"ring": size // 2, name: 2} for name in ("ulysses", "outer") if size % 2 == 0]
     able = [sizes for sizes in split if sizes["ring"] > 1 or "ulysses" in sizes]
-    return [{"ring": size, "copies": 1}, {"ring": size}, *able]
+    nested = [{**sizes, "copies": 1} for sizes in able if "outer" in sizes]
+    return [{"ring": size, "copies": 1}, {"ring": size}, *able, *nested]
 
 
 each_exchange = pytest.mark.parametrize("copies", [0, 1], ids=["messages", "copies"])

@@ -9,15 +9,22 @@ import torch
 import torch.distributed as dist
 from conftest import World
 from oracle import attention
-from ranks import sequence
+from ranks import groups, sequence
 from ringed import Case, repeats
 from torch import Tensor
 
-from ring_sp import ShardedSequence, masks, passes, ring_attention
+from ring_sp import (
+    ProcessGroupManager,
+    ShardedSequence,
+    explain,
+    masks,
+    passes,
+    ring_attention,
+)
 from ring_sp.kernels import KERNELS, Call
 from ring_sp.kernels.contract import Rows
 from ring_sp.passes import Setting, Wire
-from ring_sp.ring import Axis, Message, Path, Visit, visiting_order
+from ring_sp.ring import SUMS, Axis, Message, Path, Visit, visiting_order
 from ring_sp.topology import Topology
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -165,6 +172,43 @@ def test_the_backward_moves_whichever_side_is_fewer_bytes(
         for found, a, b in zip(mine, one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             assert torch.equal(found, b if turned else a)
+
+
+def sums_sent(
+    sums_dtype: torch.dtype | None, kv_heads: int
+) -> tuple[set[torch.dtype], bool, float]:
+    """The dtypes in which this rank sends sums, whether their bytes are those of `explain`, and how
+    far dk is from float64's.
+    """
+    group = groups(ring=3).group("sequence")
+    assert group is not None
+    topology = ProcessGroupManager.from_group(group, sums_dtype=sums_dtype).topology
+    make = torch.Generator().manual_seed(3)
+    whole = [torch.randn(1, 96, h, 16, generator=make) for h in (4, kv_heads, kv_heads, 4)]
+    found = []
+    for place, kind in (ShardedSequence(96, topology), torch.bfloat16), (ShardedSequence(96), None):
+        q, k, v, dout = (place.shard(x.bfloat16().to(kind or torch.float64)) for x in whole)
+        trained = [x.requires_grad_() for x in (q, k, v)]
+        out = ring_attention(q, k, v, place)
+        with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batches:
+            found.append(torch.autograd.grad(out, trained, dout)[1])
+        if kind:
+            ops = [op for call in batches.call_args_list for op in call.args[0]]
+            load = explain(q, k, v, place).loads[topology.rank].backward_sums
+    sums = [op.tensor for op in ops if op.op is dist.isend and op.tag == SUMS]
+    mine, true = found[0].double(), ShardedSequence(96, topology).shard(found[1])
+    sent = sum(x.numel() * x.element_size() for x in sums)
+    return {x.dtype for x in sums}, sent == load, ((mine - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4], ids=["keys travel", "queries travel"])
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16], ids=str)
+def test_sums_travel_in_the_dtype_that_was_asked_for(
+    world: Callable[[int], World], asked: torch.dtype | None, kv_heads: int
+) -> None:
+    for dtypes, as_explained, error in world(3).run(sums_sent, asked, kv_heads):
+        assert dtypes == {asked or torch.float32}
+        assert as_explained and error < 6e-3
 
 
 def test_two_runs_give_the_same_bits(world: Callable[[int], World]) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from queue import SimpleQueue
 from random import Random
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from conftest import World
 from ranks import groups, raised
 from torch import Tensor
 
-from ring_sp import ProcessGroupManager, symmetric
+from ring_sp import ProcessGroupManager, ShardedSequence, Topology, explain, symmetric
 from ring_sp.ring import Axis, Message, Path, ring_pass
 from ring_sp.symmetric import SLOTS, Memory, Room
 
@@ -27,6 +28,9 @@ PATIENCE = 20.0
 """Seconds after which a wait is a deadlock."""
 
 local = threading.local()
+
+Table = list[list[bool]]
+"""[rank][source]: whether a rank needs a source."""
 
 
 class Stream:
@@ -46,8 +50,11 @@ class Stream:
     def add(self, work: Callable[[], object]) -> None:
         self._work.put(work)
 
-    def wait_stream(self, _: object) -> None:
-        """The main thread of a rank is its compute stream: what it has called is done."""
+    def wait_stream(self, other: Stream | Compute) -> None:
+        self.wait_event(other.record_event())
+
+    def wait_event(self, event: threading.Event) -> None:
+        self.add(lambda: event.wait(PATIENCE))
 
     def record_event(self) -> threading.Event:
         event = threading.Event()
@@ -56,10 +63,15 @@ class Stream:
 
 
 class Compute:
-    """The current stream outside of transfers: the main thread of a rank."""
+    """A current stream that is the main thread of a rank: what it has called is done."""
 
     def wait_event(self, event: threading.Event) -> None:
         assert event.wait(PATIENCE), "a transfer never ends"
+
+    def record_event(self) -> threading.Event:
+        event = threading.Event()
+        event.set()
+        return event
 
 
 @contextmanager
@@ -72,11 +84,11 @@ def streaming(stream: Stream) -> Iterator[None]:
 class Shared:
     """What the ranks of an axis see of each other."""
 
-    def __init__(self, size: int, numel: int) -> None:
+    def __init__(self, size: int, numel: int, nested: bool = False) -> None:
         self.slots = {
             (rank, tag, slot): torch.full((numel,), torch.nan, dtype=torch.float64)
             for rank in range(size)
-            for tag, count in enumerate(SLOTS if size > 2 else (1, 1))
+            for tag, count in enumerate(SLOTS if nested or size > 2 else (1, 1))
             for slot in range(count)
         }
         self.flags: dict[tuple[int, ...], threading.Event] = defaultdict(threading.Event)
@@ -92,13 +104,11 @@ class Threads(Memory):
 
     def __init__(self, rank: int, size: int, shared: Shared) -> None:
         self.rank, self.size, self._shared = rank, size, shared
-        self.streams = [Stream(rank * len(SLOTS) + tag) for tag in range(len(SLOTS))]
+        self._streams = cast(Any, [Stream(rank * len(SLOTS) + tag) for tag in range(len(SLOTS))])
+        self._last = None
 
     def reserve(self, tag: int, num_bytes: int, device: torch.device) -> None:
         pass
-
-    def stream(self, tag: int) -> Any:
-        return self.streams[tag]
 
     def slot(self, tag: int, slot: int, room: Room) -> Tensor:
         return self._shared.slots[self.rank, tag, slot][: room.numel]
@@ -134,11 +144,11 @@ def content(turn: int, source: int) -> Tensor:
 
 
 def one_rank(
-    rank: int, size: int, memory: Memory, table: list[list[bool]], turns: int
+    rank: int, rings: tuple[Axis, ...], table: Table, turns: int
 ) -> list[tuple[bool, Tensor | None]]:
     """For each turn whether all that this rank saw stayed as it should be, and its sums."""
     random, found = Random(rank), []
-    path = Path((Axis(rank, size, None, memory),), lambda reader, source: table[reader][source])
+    path = Path(rings, lambda reader, source: table[reader][source])
     for turn in range(turns):
         intact = True
 
@@ -157,28 +167,50 @@ def one_rank(
 
 
 def fake_cuda() -> SimpleNamespace:
-    return SimpleNamespace(current_stream=Compute, stream=streaming)
+    return SimpleNamespace(
+        current_stream=lambda: getattr(local, "compute", Compute()),
+        stream=streaming,
+        is_current_stream_capturing=lambda: False,
+    )
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 8])
-@pytest.mark.parametrize("share", [1.0, 0.6], ids=["all", "some"])
-def test_nothing_is_overwritten_before_it_is_read_and_all_sums_come_home(
-    size: int, share: float
-) -> None:
-    random, turns = Random(size), 6
-    table = [[random.random() < share for _ in range(size)] for _ in range(size)]
-    shared = Shared(size, 4 + size)
-    found: dict[int, list[tuple[bool, Tensor | None]]] = {}
-
-    def run(rank: int) -> None:
-        found[rank] = one_rank(rank, size, Threads(rank, size, shared), table, turns)
-
+def on_threads(size: int, run: Callable[[int], object]) -> None:
+    """Run all ranks at once, each in a thread."""
     with mock.patch.object(symmetric.torch, "cuda", fake_cuda()):
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+
+
+def drawn(size: int, share: float) -> Table:
+    random = Random(size)
+    return [[random.random() < share for _ in range(size)] for _ in range(size)]
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (4,), (8,), (2, 2), (3, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["all", "some", "causal"])
+def test_nothing_is_overwritten_before_it_is_read_and_all_sums_come_home(
+    shape: tuple[int, ...], kind: str
+) -> None:
+    size, turns, nested = prod(shape), 6 if len(shape) == 1 else 4, len(shape) > 1
+    causal = [[rank >= source for source in range(size)] for rank in range(size)]
+    table = causal if kind == "causal" else drawn(size, 1.0 if kind == "all" else 0.6)
+    inner = shape[-1]
+    outers = [Shared(shape[0], 4 + size, nested) for _ in range(inner)]
+    inners = [Shared(inner, 4 + size, nested) for _ in range(size // inner)]
+    found: dict[int, list[tuple[bool, Tensor | None]]] = {}
+
+    def run(rank: int) -> None:
+        block, place = divmod(rank, inner)
+        rings = [Axis(place, inner, None, Threads(place, inner, inners[block]))]
+        if nested:
+            own = Threads(block, shape[0], outers[place])
+            rings.insert(0, Axis(block, shape[0], None, own))
+        found[rank] = one_rank(rank, tuple(rings), table, turns)
+
+    on_threads(size, run)
     assert sorted(found) == list(range(size)), "a rank gave up"
     for rank, turned in found.items():
         readers = [r for r in range(size) if r != rank and table[r][rank]]
@@ -187,6 +219,36 @@ def test_nothing_is_overwritten_before_it_is_read_and_all_sums_come_home(
             wanted = sum(r + 2 for r in readers) * content(turn, rank)
             assert (total is not None) == bool(readers and turn % 2)
             assert total is None or torch.allclose(total, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_streams", [1, 2])
+def test_passes_on_several_streams_leave_each_other_what_they_read(num_streams: int) -> None:
+    """Kernels run some time after they were asked for, those of one rank late."""
+    size, wrong = 3, []
+    shared = Shared(size, 16)
+
+    def run(rank: int) -> None:
+        ring = Axis(rank, size, None, Threads(rank, size, shared))
+        computes = [Stream(rank) for _ in range(num_streams)]
+        for turn in range(4):
+            compute = local.compute = computes[turn % num_streams]
+
+            def visit(tensor: Tensor, source: int, turn: int = turn) -> None:
+                def read() -> None:
+                    time.sleep(0.05 if rank == turn % size else 0)
+                    if not torch.equal(tensor, content(turn, source)):
+                        wrong.append((rank, turn, source))
+
+                local.compute.add(read)
+
+            message = Message(lambda source: 4 + source, torch.float64, torch.device("cpu"))
+            ring_pass(content(turn, rank), Path((ring,), lambda *_: True), visit, message)
+            assert compute is local.compute
+        for each in computes:
+            assert each.record_event().wait(PATIENCE)
+
+    on_threads(size, run)
+    assert not wrong
 
 
 def refusals() -> list[str]:
@@ -204,3 +266,12 @@ def test_what_cannot_copy_is_refused_on_every_rank(world: Callable[[int], World]
         *unable, unknown = messages
         assert all("needs NVIDIA GPUs" in message for message in unable)
         assert "messages, copies; got 'carrier pigeon'" in unknown
+
+
+def test_copies_are_explained_and_want_a_gpu() -> None:
+    ring = Axis(0, 2, None, Threads(0, 2, Shared(2, 1)))
+    seq = ShardedSequence(64, Topology(ring=ring))
+    q = torch.empty(1, 32, 2, 64, device="meta", dtype=torch.bfloat16)
+    assert explain(q, q, q, seq, device_type="cuda").exchange == "ring by copies"
+    x = torch.zeros(1, 32, 2, 64)
+    assert "'copies' moves tensors on GPUs; got cpu" in raised(explain, x, x, x, seq)

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ring_sp import ProcessGroupManager, ShardedSequence, Topology
 from ring_sp.integrations.megatron.options import RingOptions
-from ring_sp.layout import ZigzagDocuments, shards
+from ring_sp.layout import ZigzagDocuments, joined, shards
 from ring_sp.masks import Mask, causal, documents
 
 
@@ -93,7 +93,10 @@ class MegatronRing:
         """
         seq_len, size = sequence.seq_len, sequence.topology.size
         layout = sequence.layout if isinstance(sequence.layout, ZigzagDocuments) else "zigzag"
-        stock = seq_len % (2 * size) == 0 and sequence.shards == shards(seq_len, size, layout)
+        stock = seq_len % (2 * size) == 0 and all(
+            joined(own) == joined(wanted)
+            for own, wanted in zip(sequence.shards, shards(seq_len, size, layout), strict=True)
+        )
         if size > 1 and not stock and not self.has_positions:
             raise ValueError(
                 f"Megatron's own positions do not fit {sequence}: call use_ring_positions(model, "
