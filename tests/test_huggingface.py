@@ -14,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 from hf_models import VOCAB, Batch, Case, batch, built, exact, gradients, labelled, stock
 from transformers import AttentionInterface, Qwen3NextConfig
+from transformers.masking_utils import create_causal_mask
 
 from ring_sp import ProcessGroupManager, masks
 from ring_sp.integrations.huggingface import (
@@ -118,6 +119,26 @@ def test_dropout_does_not_depend_on_the_ring(
         assert max(relative(found[name], x) for name, x in alone[1].items()) < 1e-11
 
 
+def seeds(sizes: dict[str, int]) -> list[int]:
+    """Of two layers in two steps."""
+    ring = HuggingFaceRing(groups(**sizes))
+    tokens = {"input_ids": torch.arange(8)[None]}
+    layers = [nn.Module(), nn.Module()]
+    for number, layer in enumerate(layers):
+        layer.layer_idx = number  # type: ignore[assignment]
+    contexts = [ring.batch(tokens, dropout_seed=step).inputs["ring_sp"] for step in (3, 4)]
+    return [context.seed(layer) for context in contexts for layer in layers]
+
+
+def test_each_layer_step_and_data_rank_drops_by_a_seed_of_its_own(
+    world: Callable[[int], World],
+) -> None:
+    data = world(2).run(seeds, {})
+    assert len({seed for found in data for seed in found}) == 8
+    shared = world(2).run(seeds, {"ring": 2})
+    assert shared == [data[0]] * 2
+
+
 def averaged(case: Case) -> list[tuple[float, str]]:
     """Two batches accumulated under DDP, which averages gradients over all ranks: how far they are
     from the gradients of both batches in one process.
@@ -212,7 +233,8 @@ def test_a_batch_that_no_ring_can_cut_is_refused_by_name() -> None:
         assert message in raised(ring.batch, {"input_ids": tokens, **extra})
     padded = {"input_ids": tokens, "attention_mask": real}
     assert "need causal attention" in raised(ring.batch, padded, inner=masks.full())
-    ring.batch(padded)
+    restarted = {**padded, "position_ids": (real.cumsum(1) - 1).masked_fill(real == 0, 1)}
+    assert ring.batch(restarted).sequence.mask == masks.causal()
     logits = torch.zeros(2, 1, VOCAB)
     assert "logits_to_keep" in raised(ring.loss, logits, tokens)
 
@@ -271,3 +293,11 @@ def test_a_model_that_cannot_ring_is_refused_by_name() -> None:
         assert message in raised(model, **own), "before the first layer"
         setattr(model.config, name, before)
     assert model(**own).logits.shape == (2, 27, VOCAB)
+    blocks: list[dict[str, Any]] = [
+        {"block_sequence_ids": torch.zeros(2, 27, dtype=torch.int64)},
+        {"or_mask_function": lambda _b, _h, q, k: q == k},
+    ]
+    for extra in blocks:
+        states = torch.zeros(2, 27, 32)
+        refused = raised(create_causal_mask, model.config, states, None, None, **extra)
+        assert "adds to the causal mask by itself" in refused
