@@ -191,6 +191,7 @@ def test_a_second_registration_changes_nothing() -> None:
 def test_packed_documents_are_read_from_positions_or_cuts() -> None:
     ring = HuggingFaceRing(ProcessGroupManager.build())
     given = batch(packed("Llama", 1, "zigzag"), 0)
+    given["labels"] = given["input_ids"]
     by_positions = ring.batch(given)
     positions = given.pop("position_ids")
     by_cuts = ring.batch({**given, "cu_seq_lens_q": torch.tensor(CUTS), "max_length_q": 17})
