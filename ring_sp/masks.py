@@ -146,6 +146,27 @@ def documents(
     )
 
 
+def windowed(mask: Mask, left: int | None, right: int | None = 0) -> Mask:
+    """What is left of a mask where a query sees no more than `left` keys before its position and
+    `right` after; None is no limit.
+
+    For layers with a sliding window in a model whose batches have a mask. Raises
+    NotImplementedError for masks that have no such form: all but causal, full, and documents of
+    these.
+    """
+    if mask == causal():
+        return sliding_window(left, 0)
+    if mask == full():
+        return sliding_window(left, right)
+    if mask.name == "documents":
+        cuts, inner, *lens = mask.args
+        return documents(cuts, windowed(inner, left, right), *lens)  # type: ignore[arg-type]
+    raise NotImplementedError(
+        f"a layer with a sliding window cannot narrow the mask {mask}; give the batch causal() or "
+        f"documents(cu_seqlens), or the model no window"
+    )
+
+
 def bidirectional_spans(spans: Iterable[tuple[int, int]], inner: Mask | None = None) -> Mask:
     """`inner` (default causal), and inside each half-open span (start, stop) everybody sees
     everybody.

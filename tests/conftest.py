@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -24,7 +25,11 @@ class World:
             if backend != "gloo"
             else multiprocessing.get_context("forkserver")
         )
-        context.set_forkserver_preload(["ring_sp.integrations.megatron.installation"])
+        # What takes seconds to import; models of transformers only where a collected test has them.
+        models = ("gemma2", "gpt_oss", "llama", "mistral", "qwen3")
+        modules = {f"transformers.models.{name}.modeling_{name}" for name in models}
+        hosts = ["ring_sp.integrations.megatron.installation", *(modules & sys.modules.keys())]
+        context.set_forkserver_preload(hosts)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

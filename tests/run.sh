@@ -19,7 +19,7 @@ step() {
     .venv/bin/python -m "$@" || failed+=("$1")
 }
 
-bash examples/environment.sh megatron,cli,test
+bash examples/environment.sh megatron,hf,cli,test
 step ruff check .
 step ruff format --check .
 step mypy

@@ -136,6 +136,30 @@ def test_tiles_cover_padded_documents_each_in_zigzag(size: int) -> None:
     assert mask != masks.documents(cuts)
 
 
+def test_a_window_leaves_of_a_mask_what_both_let_see() -> None:
+    rules: list[tuple[Mask, Sees]] = [
+        (masks.causal(), lambda q, k: k <= q),
+        (masks.full(), lambda _q, _k: True),
+        (masks.documents([0, 9, 10, 21], lens=[7, 1, 11]), cases_of_documents),
+    ]
+    for left, right in ((3, 0), (0, 0), (5, 2), (None, 0)):
+        for mask, sees in rules:
+            check(masks.windowed(mask, left, right), near(sees, left, right), 24, 4, "zigzag")
+    with pytest.raises(NotImplementedError, match=r"cannot narrow the mask prefix_lm\(2\)"):
+        masks.windowed(masks.prefix_lm(2), 3)
+
+
+def near(sees: Sees, left: int | None, right: int) -> Sees:
+    return lambda q, k: sees(q, k) and (left is None or q - k <= left) and k - q <= right
+
+
+def cases_of_documents(q: int, k: int) -> bool:
+    """What packed causal documents with padding let see."""
+    return k <= q and any(
+        q in held and k in held for held in (range(7), range(9, 10), range(10, 21))
+    )
+
+
 def test_spans_may_come_from_an_iterator() -> None:
     listed = masks.bidirectional_spans([(2, 5), (8, 9)])
     assert masks.bidirectional_spans(zip([2, 8], [5, 9], strict=True)) == listed

@@ -37,17 +37,4 @@ def within(mask: Mask, window: Window | None) -> Mask:
     """What is left of a mask in a window. Raises NotImplementedError for masks that have no such
     form.
     """
-    if window is None:
-        return mask
-    left, right = window
-    if mask == masks.causal():
-        return masks.sliding_window(left, 0)
-    if mask == masks.full():
-        return masks.sliding_window(left, right)
-    if mask.name == "documents":
-        cuts, inner, *lens = mask.args
-        return masks.documents(cuts, within(inner, window), *lens)  # type: ignore[arg-type]
-    raise NotImplementedError(
-        f"a layer with a sliding window cannot narrow the mask {mask}; give the batch causal() or "
-        f"documents(cu_seqlens), or the model no window_size"
-    )
+    return mask if window is None else masks.windowed(mask, *window)

@@ -1,0 +1,24 @@
+"""Ring attention inside Hugging Face transformers: `attn_implementation="ring_sp"`, and batches cut
+for it.
+"""
+
+from ring_sp.integrations.huggingface.batch import RingBatch
+from ring_sp.integrations.huggingface.registration import (
+    NAME,
+    Registration,
+    local_attention,
+    register,
+    use_ring_attention,
+)
+from ring_sp.integrations.huggingface.ring import HuggingFaceRing, RingContext
+
+__all__ = [
+    "NAME",
+    "HuggingFaceRing",
+    "Registration",
+    "RingBatch",
+    "RingContext",
+    "local_attention",
+    "register",
+    "use_ring_attention",
+]

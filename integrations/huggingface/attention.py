@@ -1,0 +1,120 @@
+"""The attention function and mask function that transformers' interfaces take."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.masking_utils import or_masks
+
+from ring_sp import ring_attention
+from ring_sp.integrations.huggingface.refusals import refuse_config
+from ring_sp.integrations.huggingface.ring import RingContext
+from ring_sp.masks import Mask, causal
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """A layer's attention over the ring of the batch's `ring_sp`.
+
+    query is [B, H, local_len, D], key and value [B, Hkv, local_len, D]; returns [B, local_len, H,
+    Dv], and no weights. Of `options` it follows scaling, sliding_window, softcap, s_aux, dropout
+    and is_causal. Collective over the ring. Raises ValueError without `ring_sp`, and for a mask or
+    options that belong into `HuggingFaceRing.batch`; NotImplementedError for a bias on the scores
+    and for attention weights.
+    """
+    context = _context(module, options)
+    _refuse_options(module, attention_mask, options)
+    _require_same_direction(module, context.sequence.mask, options)
+    dropout: float = options.get("dropout") or 0.0
+    out = ring_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        context.windowed(options.get("sliding_window")),
+        scale=options.get("scaling"),
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+        dropout_p=dropout,
+        dropout_seed=context.seed(module) if dropout else None,
+        kernel=context.ring.kernel,
+    )
+    return out.contiguous(), None
+
+
+def mask_of(
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> Tensor | None:
+    """No mask tensor: the layers know the sequence. A 2-D mask goes on to `attend`, which refuses
+    it.
+
+    transformers calls it before the first layer. Raises NotImplementedError for models that
+    cannot ring, and masks of a model's own, such as blocks of an image.
+    """
+    if config is not None:
+        refuse_config(config)
+    joined = getattr(mask_function, "__qualname__", "").startswith(f"{or_masks.__name__}.")
+    if use_vmap or joined:
+        raise NotImplementedError(
+            "the model adds to the causal mask by itself (such as blocks that see each other), "
+            "which ring attention cannot tell: give it text alone"
+        )
+    return attention_mask
+
+
+def _context(module: nn.Module, options: dict[str, Any]) -> RingContext:
+    context = options.get("ring_sp")
+    if not isinstance(context, RingContext):
+        raise ValueError(
+            f"{type(module).__name__} has attn_implementation 'ring_sp' and needs the batch's "
+            f"sequence; got ring_sp={context!r}. Call model(**ring.batch(batch).inputs); to "
+            f"evaluate or generate in one process, use `with local_attention(model):`; for parts "
+            f"that do not ring, set_attn_implementation({{'text_config': 'ring_sp'}})."
+        )
+    return context
+
+
+def _refuse_options(
+    module: nn.Module, attention_mask: Tensor | None, options: dict[str, Any]
+) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            f"{type(module).__name__} got an attention mask {tuple(attention_mask.shape)}, and a "
+            f"ring takes no mask tensors: give attention_mask [B, S] to ring.batch and not to the "
+            f"model"
+        )
+    if packing := [name for name in PACKING if options.get(name) is not None]:
+        raise ValueError(f"give {', '.join(packing)} to ring.batch and not to the model")
+    for name in ("position_bias", "output_attentions"):
+        if options.get(name) is not None and options[name] is not False:
+            raise NotImplementedError(f"ring attention has no {name}")
+
+
+def _require_same_direction(module: nn.Module, mask: Mask, options: dict[str, Any]) -> None:
+    """A layer that looks ahead needs a mask that lets it, and none with a window is known."""
+    forward = options.get("is_causal")
+    if forward is None:
+        forward = getattr(module, "is_causal", True)
+    if forward:
+        return
+    if options.get("sliding_window") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} is bidirectional and has a sliding window; a ring has such "
+            f"windows only in causal layers"
+        )
+    if causal() in (mask, *mask.args):
+        raise ValueError(
+            f"{type(module).__name__} is bidirectional; say ring.batch(batch, inner=masks.full())"
+        )
