@@ -95,10 +95,10 @@ def ring_attention(
     (the sink's logit where there is one).
 
     Raises ValueError for options that make no sense, and tensors that do not fit each other or the
-    sequences: on every rank in the first call with these options over these
-    sequences, later where it is seen. Shapes, dtypes and options that are new must be new on all
-    ranks: a call that only some ranks change leaves the others waiting until torch.distributed's
-    timeout.
+    sequences, NotImplementedError for dropout over 2**31 positions or more: on every rank in the
+    first call with these options over these sequences, later where it is seen. Shapes, dtypes and
+    options that are new must be new on all ranks: a call that only some ranks change leaves the
+    others waiting until torch.distributed's timeout.
     """
     keys = sequence if kv_sequence is None else kv_sequence
     options = Options(scale, softcap, dropout_p, dropout_seed, kernel, return_lse)

@@ -64,7 +64,6 @@ class Plan:
             region.left < min(region.q_stop, q_len) - 1 - region.k_start for region in regions
         )
         """Whether the mask hides keys on the left of a diagonal."""
-
         self._tiles: dict[int, tuple[Tile, ...]] = {}
         self.derived: defaultdict[int, dict[Hashable, Any]] = defaultdict(dict)
         """What kernels keep with the tiles of each source; see `kernels.contract.Step`."""

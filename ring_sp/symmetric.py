@@ -154,15 +154,20 @@ class Copies:
         self._sent, self._event = [], None
 
 
-def check(group: dist.ProcessGroup | None, rings: list[list[int]]) -> None:
+def check(group: dist.ProcessGroup | None, rings: list[list[int]], worldwide: bool) -> None:
     """Raise NotImplementedError on every rank of a group (None: the world) if one of them has no
-    memory to share, or one of `rings`, in numbers of the group, spans hosts. Collective.
+    memory to share, or one of `rings`, in numbers of the group, spans hosts; if `worldwide` on all
+    ranks of the world, each of which calls it with its own group. Collective.
     """
     facts: list[tuple[str | None, str]] = [(None, "")] * dist.get_world_size(group)
     dist.all_gather_object(facts, (_unavailable(), gethostname()), group=group)
     reason = next((reason for reason, _ in facts if reason), None)
     if any(len({facts[place][1] for place in ring}) > 1 for ring in rings):
         reason = "needs all GPUs of a ring in one host"
+    if worldwide:
+        reasons = [reason] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        reason = next(filter(None, reasons), None)
     if reason:
         raise NotImplementedError(f"exchange='copies' {reason}; use exchange='messages'")
 

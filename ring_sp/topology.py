@@ -120,7 +120,8 @@ class ProcessGroupManager:
         if not dist.is_initialized():
             return cls(Topology(), {name: Axis() for name in (*AXES, "sequence", "data_sequence")})
         if exchange == "copies":
-            check(None, [ring for dim in RINGS for ring in grid_groups(shape, [AXES.index(dim)])])
+            members = [each for dim in RINGS for each in grid_groups(shape, [AXES.index(dim)])]
+            check(None, members, worldwide=False)
         device_type = device_type or _device_type()
         mesh = init_device_mesh(
             device_type, shape, mesh_dim_names=AXES, **_ring_options(device_type)
@@ -161,7 +162,8 @@ class ProcessGroupManager:
         shape = (outer, len(ranks) // (outer * ulysses), ulysses)
         if exchange == "copies":
             rings = [ring for dim in RINGS for ring in grid_groups(shape, [SEQUENCE.index(dim)])]
-            check(group, rings)
+            # All ranks of the world make the parts of a group: none may raise alone.
+            check(group, rings, worldwide=ulysses * outer > 1)
         axes = dict(zip(SEQUENCE, _parts(group, shape), strict=True))
         axes["sequence"] = _axis(group)
         return cls(_topology(axes, exchange, sums_dtype), axes)

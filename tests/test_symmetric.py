@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import World
 from ranks import groups, raised
 from torch import Tensor
@@ -266,6 +267,26 @@ def test_what_cannot_copy_is_refused_on_every_rank(world: Callable[[int], World]
         *unable, unknown = messages
         assert all("needs NVIDIA GPUs" in message for message in unable)
         assert "messages, copies; got 'carrier pigeon'" in unknown
+
+
+def refused_over_hosts() -> list[str]:
+    """Two groups of two ranks; only the first spans hosts."""
+    rank = dist.get_rank()
+    group = groups(ring=2).group("ring")
+    assert group is not None
+    host = mock.patch.object(symmetric, "gethostname", return_value="a" if rank == 0 else "b")
+    with host, mock.patch.object(symmetric, "_unavailable", return_value=None):
+        return [
+            raised(ProcessGroupManager.build, ring=2, exchange="copies"),
+            raised(ProcessGroupManager.from_group, group, outer=2, exchange="copies"),
+        ]
+
+
+def test_a_ring_that_spans_hosts_is_refused_on_all_ranks_that_would_wait(
+    world: Callable[[int], World],
+) -> None:
+    for messages in world(4).run(refused_over_hosts):
+        assert all("all GPUs of a ring in one host" in message for message in messages)
 
 
 def test_copies_are_explained_and_want_a_gpu() -> None:

@@ -127,7 +127,8 @@ class MegatronRing:
     def topology_of(self, params: PackedSeqParams | None) -> Topology:
         """Where a batch lives: the context-parallel group, or its own `cp_group` if it has one.
 
-        Raises NotImplementedError for a group of its own in a ring with Ulysses or outer rings.
+        Raises NotImplementedError for a group of its own in a ring with Ulysses, outer rings or
+        copies.
         """
         group: ProcessGroup | None = getattr(params, "cp_group", None)
         alone = group is None and getattr(params, "local_cp_size", None) == 1
@@ -135,10 +136,12 @@ class MegatronRing:
             return self.topology
         topology = Topology() if group is None else self._topology_over(group)
         parts = self.topology.ulysses.size, self.topology.outer.size
-        if parts != (1, 1) and topology != self.topology and topology.size > 1:
+        copies = any(axis.memory for axis in self.topology.rings)
+        special = parts != (1, 1) or copies
+        if special and topology != self.topology and topology.size > 1:
             raise NotImplementedError(
-                "dynamic context-parallel groups are single rings: use no --ring-ulysses and no "
-                "--ring-outer with them"
+                "dynamic context-parallel groups are single rings that exchange messages: use no "
+                "--ring-ulysses, --ring-outer or --ring-exchange copies with them"
             )
         return topology
 
