@@ -4,8 +4,9 @@
 
 For each case: the ideal (the fastest kernel of one GPU on the whole problem, divided by the GPUs),
 our ring with each kernel that serves the case, and torch's own context_parallel, all in this run.
-All take turns; times are milliseconds of forward + backward on the slowest rank, medians over the
-turns, as are the shares of the ideal; memory is the peak of a rank. Batch 1, bf16, head dim 128.
+All take turns, on all GPUs at once; times are milliseconds of forward + backward on the slowest of
+them, medians over the turns, as are the shares of the ideal; the JSON has the medians of each GPU
+too. Memory is the peak of a rank. Batch 1, bf16, head dim 128.
 On CPUs (gloo) use --cases tiny to try the script.
 """
 
@@ -78,6 +79,7 @@ def cases() -> dict[str, Case]:
         Case("documents 64k", 64 * k, packed(64 * k, 4 * k), layout="balanced"),
         Case("window 4k of 128k", 128 * k, masks.sliding_window(4 * k - 1), layout="contiguous"),
         Case("causal 32k MHA", 32 * k, kv_heads=32),
+        *(Case(f"causal {n}k, 16 heads", n * k, heads=16, kv_heads=4) for n in (32, 64)),
         Case("full 32k", 32 * k, masks.full()),
         Case("tiny", 256, heads=4, kv_heads=2),
     ]
@@ -86,24 +88,24 @@ def cases() -> dict[str, Case]:
 
 def milliseconds(
     steps: dict[str, peers.Step], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
-    """Times of each step on the slowest rank. They take turns, so that a GPU that grows warm and
-    slow is slow for all.
+) -> dict[str, list[list[float]]]:
+    """Times of each step, of every rank in every turn. They take turns, so that a GPU that grows
+    warm and slow is slow for all.
     """
     inner = {}
     for name, step in steps.items():
         for _ in range(3):
             step()
         # So many that starting them is no part of the time.
-        inner[name] = max(1, min(40, int(250 / _elapsed(step, device, 1))))
-    found: dict[str, list[float]] = {name: [] for name in steps}
+        inner[name] = max(1, min(40, int(250 / max(_elapsed(step, device, 1)))))
+    found: dict[str, list[list[float]]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             found[name].append(_elapsed(step, device, inner[name]))
     return found
 
 
-def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
+def _elapsed(step: peers.Step, device: torch.device, inner: int) -> list[float]:
     events = [peers.event(device) for _ in range(2)]
     peers.synchronize(device)
     dist.barrier()
@@ -112,9 +114,10 @@ def _elapsed(step: peers.Step, device: torch.device, inner: int) -> float:
         step()
     events[1].record()
     peers.synchronize(device)
-    time = torch.tensor(events[0].elapsed_time(events[1]) / inner, device=device)
-    dist.all_reduce(time, dist.ReduceOp.MAX)
-    return float(time)
+    time = torch.tensor([events[0].elapsed_time(events[1]) / inner], device=device)
+    times = time.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(times, time)
+    return [float(each) for each in times.tolist()]
 
 
 @cache
@@ -170,13 +173,15 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         )
     found = {name: tried(make, device) for name, make in contenders.items()}
     steps = {name: contenders[name]() for name, x in found.items() if "refused" not in x}
-    times = milliseconds(steps, device, args.repeats)
+    of_ranks = milliseconds(steps, device, args.repeats)
+    times = {name: [max(each) for each in turns] for name, turns in of_ranks.items()}
     singles = {name: median(each) for name, each in times.items() if name.startswith("one GPU")}
     fastest = min(singles, key=lambda name: singles[name], default=None)
     ideal = singles[fastest] if fastest else None
     for name, each in times.items():
         ranks, result = 1 if name.startswith("one GPU") else size, found[name]
         result["ms"] = median(each)
+        result["ms_of_ranks"] = [median(turns) for turns in zip(*of_ranks[name], strict=True)]
         if fastest:
             shares = (best / own / ranks for best, own in zip(times[fastest], each, strict=True))
             result["share_of_ideal"] = median(shares)

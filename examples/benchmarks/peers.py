@@ -154,7 +154,7 @@ SINGLE: dict[str, Callable[[Any, int, torch.device], Step]] = {"flash4": flash4,
 
 
 def trace(step: Step, folder: Path, name: str) -> None:
-    """A profiler trace of two steps of rank 0, for chrome://tracing or `picture.py`."""
+    """A profiler trace of two steps on each rank, for chrome://tracing or `picture.py`."""
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(3):
@@ -164,6 +164,6 @@ def trace(step: Step, folder: Path, name: str) -> None:
         step()
         step()
         torch.cuda.synchronize()
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"{name.replace(' ', '_')}.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{name} rank {dist.get_rank()}".replace(" ", "_")
+    profiler.export_chrome_trace(str(folder / f"{name}.json"))
