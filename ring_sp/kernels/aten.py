@@ -86,8 +86,7 @@ def backward(
     q, k, v = qkv
     assert rows.out is not None, "its modules say NEEDS_OUT"
     tiles = _tiles(step)
-    whole = len(tiles) == 1 and (tiles[0].k_start, tiles[0].k_stop) == (0, k.shape[1])
-    sums = None if whole else zero_sums(dkv)
+    sums = zero_sums(dkv, [slice(tile.k_start, tile.k_stop) for tile in tiles])
     for number, tile in enumerate(tiles, 1):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         dq_part, dk, dv = differentiate(
@@ -101,7 +100,7 @@ def backward(
         dtype = q.dtype if done else accumulation_dtype(q.dtype)
         dq = fold_gradient(dq, dq_part, at_q, q.shape[1], dtype)
         if sums is None:
-            settle((dk, dv), dkv)
+            settle((dk, dv), (dkv[0][:, at_k], dkv[1][:, at_k]))
         else:
             sums[0][:, at_k] += dk
             sums[1][:, at_k] += dv

@@ -160,17 +160,16 @@ def backward(
 ) -> Tensor:
     """See `contract.Kernel`."""
     parts = _parts(step, q)
-    every = (0, kv[0].shape[1])
-    whole = len(parts) == 1 and _covers(parts[0].cols, every)
-    sums = None if whole else zero_sums(dkv)
+    sums = zero_sums(dkv, [part.cols.at for part in parts])
     for number, part in enumerate(parts, 1):
-        given = dkv if whole and _fits(dkv, q.dtype) else None
-        dq_part, dk, dv = _gradients(part, (q, *kv), rows, step, given)
+        into = (dkv[0][:, part.cols.at], dkv[1][:, part.cols.at])
+        direct = sums is None and part.cols.index is None and _fits(into, q.dtype)
+        dq_part, dk, dv = _gradients(part, (q, *kv), rows, step, into if direct else None)
         done = step.final and number == len(parts)
         dtype = q.dtype if done else accumulation_dtype(q.dtype)
         dq = fold_gradient(dq, part.rows.spread(dq_part), part.rows.at, q.shape[1], dtype)
         if sums is None:
-            settle((dk, dv), dkv)
+            settle((part.cols.spread(dk), part.cols.spread(dv)), into)
         else:
             sums[0][:, part.cols.at] += part.cols.spread(dk)
             sums[1][:, part.cols.at] += part.cols.spread(dv)
@@ -185,9 +184,9 @@ def _gradients(
     qkv: tuple[Tensor, Tensor, Tensor],
     seen: Rows,
     step: Step,
-    given: tuple[Tensor, Tensor] | None,
+    into: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor]:
-    """dq, dk and dv of one call in q's dtype, [B, s, heads, D]; dk and dv in `given`, if given."""
+    """dq, dk and dv of one call in q's dtype, [B, s, heads, D]; dk and dv in `into`, if given."""
     q, k, v = qkv
     rows, cols, packed = part.rows, part.cols, part.packed
     grads, lse = rows.take(seen.dout, packed), rows.take_rows(seen.lse, packed)
@@ -196,7 +195,7 @@ def _gradients(
     else:
         out = part.zeros[: grads.shape[-1]].expand_as(grads)
         dlse = -rows.take_rows(delta(seen), packed)
-    dk, dv = (cols.take(x, packed) for x in given) if given else (None, None)
+    dk, dv = (x.flatten(0, 1) if packed else x for x in into) if into else (None, None)
     with torch.cuda.device_of(q):
         found = _library()[1](
             rows.take(q, packed),
@@ -214,10 +213,6 @@ def _gradients(
             **part.options,
         )
     return [x.unflatten(0, (q.shape[0], -1)) if packed else x for x in found]
-
-
-def _covers(side: _Side, every: tuple[int, int]) -> bool:
-    return side.index is None and (side.at.start, side.at.stop) == every
 
 
 def _fits(buffers: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:

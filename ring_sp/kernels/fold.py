@@ -1,5 +1,7 @@
 """Join the results of several calls of a library into those of a pass round the ring."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -53,11 +55,28 @@ def fold_gradient(
     return joint
 
 
-def zero_sums(buffers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Zeros in the accumulation dtype for dk and dv; the buffers themselves if they have it."""
-    dtype = accumulation_dtype(buffers[0].dtype)
-    dk, dv = (x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in buffers)
-    return dk, dv
+def zero_sums(
+    buffers: tuple[Tensor, Tensor], stretches: list[slice]
+) -> tuple[Tensor, Tensor] | None:
+    """Zeros in the accumulation dtype for dk and dv, to which parts over `stretches` of columns are
+    added; the buffers themselves if they have it.
+
+    None where no column has two parts, which then go straight into the buffers: they are zeroed
+    where there is none.
+    """
+    ordered = sorted((x.start, x.stop) for x in stretches)
+    edges = [(0, 0), *ordered, (buffers[0].shape[1],) * 2]
+    gaps = [(stop, start) for (_, stop), (start, _) in pairwise(edges)]
+    if any(stop < start for start, stop in gaps):
+        dtype = accumulation_dtype(buffers[0].dtype)
+        dk, dv = (
+            x.zero_() if x.dtype == dtype else torch.zeros_like(x, dtype=dtype) for x in buffers
+        )
+        return dk, dv
+    for start, stop in gaps:
+        for x in buffers if start < stop else ():
+            x[:, start:stop].zero_()
+    return None
 
 
 def settle(sums: tuple[Tensor, Tensor], buffers: tuple[Tensor, Tensor]) -> None:

@@ -31,7 +31,13 @@ def fold(state: State | None, part: State, rows: slice, num_rows: int, dtype: to
         return out, lse
     fold_kernel[(triton.cdiv(length, ROWS) * batch * heads,)](
         (part_out, part_lse, out, lse, old),
-        (strides(part_out), part_lse.stride(), strides(out), lse.stride()),
+        (
+            strides(part_out),
+            part_lse.stride(),
+            strides(out),
+            lse.stride(),
+            strides(out if old is None else old),
+        ),
         (batch, heads),
         (first, first + length, start, stop),
         dim,
@@ -78,7 +84,8 @@ def fold_kernel(
         floor = tl.where(top == float("-inf"), 0.0, top)
         keep, add = tl.exp2(before - floor), tl.exp2(mine - floor)
         total = tl.where(top == float("-inf"), 1.0, keep + add)
-        y = load_block(old + of_out, row, (0, last), strides[2][1], ROWS, DIM, BLOCK_DIM)
+        old += b * strides[4][0] + head.to(tl.int64) * strides[4][2]
+        y = load_block(old, row, (0, last), strides[4][1], ROWS, DIM, BLOCK_DIM)
         x = (y * keep[:, None] + x * add[:, None]) / total[:, None]
         mine = top + tl.log2(total)
     store_block(out + of_out, x, row, last, strides[2][1], ROWS, DIM, BLOCK_DIM)
