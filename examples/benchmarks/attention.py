@@ -121,14 +121,18 @@ def _elapsed(step: peers.Step, device: torch.device, inner: int) -> list[float]:
 
 
 @cache
-def topology(exchange: str) -> ring_sp.Topology:
+def topology(exchange: str, sums: str | None) -> ring_sp.Topology:
     build = ring_sp.ProcessGroupManager.build
-    return build(ring=dist.get_world_size(), exchange=exchange).topology
+    dtype = None if sums is None else getattr(torch, sums)
+    return build(ring=dist.get_world_size(), exchange=exchange, sums_dtype=dtype).topology
 
 
-def ours(case: Case, kernel: str, exchange: str, device: torch.device) -> peers.Step:
+def ours(
+    case: Case, kernel: str, exchange: str, sums: str | None, device: torch.device
+) -> peers.Step:
     """Forward and backward of one rank's part."""
-    sequence = ring_sp.ShardedSequence(case.seq_len, topology(exchange), case.mask, case.layout)
+    place = topology(exchange, sums)
+    sequence = ring_sp.ShardedSequence(case.seq_len, place, case.mask, case.layout)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     q, k, v, dout = peers.drawn(heads, sequence.local_len, HEAD_DIM, device)
     trained = [x.requires_grad_() for x in (q, k, v)]
@@ -163,7 +167,9 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         for name, make in peers.SINGLE.items()
     }
     contenders |= {
-        f"ring, {kernel}, {exchange}": partial(ours, case, kernel, exchange, device)
+        f"ring, {kernel}, {exchange}": partial(
+            ours, case, kernel, exchange, args.sums_dtype, device
+        )
         for kernel in args.kernels
         for exchange in args.exchanges
     }
@@ -222,6 +228,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=cases(), default=every)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["flash4", "triton"])
     parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES)
+    parser.add_argument(
+        "--sums-dtype", choices=("float32", "bfloat16"), help="in which gradients travel"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -238,8 +247,9 @@ def main() -> None:
             for kernel, exchange in product(args.kernels, args.exchanges):
                 if "refused" in rows[-1]["results"][f"ring, {kernel}, {exchange}"]:
                     continue
-                step = ours(cases()[name], kernel, exchange, device)
-                peers.trace(step, args.trace, f"{name} {kernel} {exchange}")
+                step = ours(cases()[name], kernel, exchange, args.sums_dtype, device)
+                peers.trace(step, args.trace, f"{name} {kernel} {exchange}", device)
+                del step  # It would count in the peaks of the next case.
     dist.destroy_process_group()
 
 

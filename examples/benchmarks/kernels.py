@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 1 examples/benchmarks/kernels.py --seq-len 16384
 
-Causal, batch 1, bf16, on one CUDA GPU; all take turns. TFLOP/s count 4 operations for the forward and 10
-for the backward a head, head dim and visible pair, whatever a kernel computes again.
+Causal, batch 1, bf16, on one CUDA GPU; all take turns. TFLOP/s count 4 operations for the forward
+and 10 for the backward a head, head dim and visible pair, whatever a kernel computes again.
 """
 
 import argparse

@@ -153,7 +153,7 @@ def context_parallel(case: Any, head_dim: int, device: torch.device) -> Step:
 SINGLE: dict[str, Callable[[Any, int, torch.device], Step]] = {"flash4": flash4, "cudnn": cudnn}
 
 
-def trace(step: Step, folder: Path, name: str) -> None:
+def trace(step: Step, folder: Path, name: str, device: torch.device) -> None:
     """A profiler trace of two steps on each rank, for chrome://tracing or `picture.py`."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -163,7 +163,7 @@ def trace(step: Step, folder: Path, name: str) -> None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         step()
-        torch.cuda.synchronize()
+        synchronize(device)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{name} rank {dist.get_rank()}".replace(" ", "_")
     profiler.export_chrome_trace(str(folder / f"{name}.json"))
