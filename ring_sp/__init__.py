@@ -2,7 +2,9 @@
 
 from ring_sp import layout, masks
 from ring_sp.attention import ring_attention
+from ring_sp.blockwise import blockwise
 from ring_sp.explanation import Explanation, explain
+from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.modules import AttentionConfig, RingAttention, RingTransformer
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import ProcessGroupManager, Topology
@@ -10,13 +12,16 @@ from ring_sp.topology import ProcessGroupManager, Topology
 __all__ = [
     "AttentionConfig",
     "Explanation",
+    "LinearLoss",
     "ProcessGroupManager",
     "RingAttention",
     "RingTransformer",
     "ShardedSequence",
     "Topology",
+    "blockwise",
     "explain",
     "layout",
+    "linear_cross_entropy",
     "masks",
     "ring_attention",
 ]

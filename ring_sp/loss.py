@@ -63,7 +63,18 @@ def token_mean(
             f"{list(counted.shape)} {counted.dtype}"
         )
     total = losses.to(accumulation_dtype(losses.dtype)).masked_fill(~counted, 0).sum()
-    sums = torch.stack([total.detach().double(), counted.sum().double()])
+    return mean_of_sums(total, counted.sum(), group, averaged_over, count)
+
+
+def mean_of_sums(
+    total: Tensor,
+    number: Tensor,
+    group: dist.ProcessGroup | None = None,
+    averaged_over: int = 1,
+    count: Tensor | None = None,
+) -> Tensor:
+    """`token_mean` of this rank's `number` losses, of which `total` is the sum; both scalars."""
+    sums = torch.stack([total.detach().double(), number.double()])
     if group is not None:
         dist.all_reduce(sums, group=group)
     whole, found = sums

@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from ring_sp import masks
 from ring_sp.attention import ring_attention
-from ring_sp.kernels.contract import accumulation_dtype
-from ring_sp.loss import IGNORE, token_mean
+from ring_sp.linear_loss import linear_cross_entropy
 from ring_sp.masks import Mask
 from ring_sp.replicated import replicated
 from ring_sp.rotary import Rotation, rotate, rotation
@@ -200,16 +199,11 @@ class RingTransformer(nn.Module):
         turn = rotation(sequence, x, self.config.head_size, self.config.rotary_base)
         for block in self.blocks:
             x = block(x, sequence, turn)
-        logits = functional.linear(self.norm(x), (self.head or self.embedding).weight)
+        x, weight = self.norm(x), (self.head or self.embedding).weight
         if labels is None:
-            return logits
-        labels, scores = (
-            labels.flatten().long(),
-            logits.flatten(0, 1).to(accumulation_dtype(logits.dtype)),
-        )
-        losses = functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="none")
+            return functional.linear(x, weight)
         group = sequence.topology.group if sequence.topology.size > 1 else None
-        return token_mean(losses, labels != IGNORE, group)
+        return linear_cross_entropy(x, weight, labels.long(), group=group)
 
 
 class _Block(nn.Module):

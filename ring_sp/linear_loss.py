@@ -1,0 +1,154 @@
+"""The last linear layer and its cross entropy by chunks of tokens: logits are never whole."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.loss import IGNORE, mean_of_sums
+
+LOGITS = 1 << 28
+"""Most logits held at a time, 1 GiB of float32: chunks of 2,048 tokens for 128k words."""
+
+
+@dataclass(frozen=True)
+class LinearLoss:
+    """What else a loss has. `softcap` c makes c * tanh(logits / c) of logits; `z_loss` adds that
+    many times lse^2 to each token's loss (arXiv:2204.02311 section 5); over `vocab_group` the
+    vocabulary is split, in equal parts in the order of its ranks; `chunk` is in tokens, by default
+    as many as keep `LOGITS`. Raises ValueError for numbers that make no sense.
+    """
+
+    softcap: float | None = None
+    z_loss: float = 0.0
+    vocab_group: dist.ProcessGroup | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive, or None; got {self.softcap}")
+        if not self.z_loss >= 0:
+            raise ValueError(f"z_loss must be 0 or more; got {self.z_loss}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is a number of tokens, at least 1; got {self.chunk}")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    averaged_over: int = 1,
+    count: Tensor | None = None,
+    options: LinearLoss | None = None,
+) -> Tensor:
+    """The mean cross entropy of x @ weight.T against labels, of all tokens on all ranks of `group`.
+
+    x [..., E], labels int64 [...] with `loss.IGNORE` where there is no loss, weight [V, E] with the
+    words of this rank, in x's dtype. The value is float32 (float64 for float64), the same on every
+    rank; `group`, `averaged_over` and `count` are those of `loss.token_mean`. The gradients of x
+    and weight are made along with it, from logits in float32, weight's summed in float32; backward
+    scales them and can be called once. A label that is no word gives NaN. On CUDA bfloat16 and
+    float16 need torch 2.8. Collective over `group` and `options.vocab_group`. Raises ValueError for
+    shapes and dtypes that do not fit.
+    """
+    if labels.shape != x.shape[:-1] or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x [..., E], weight [V, E] and labels [...] must fit; got {tuple(x.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64 or x.dtype != weight.dtype:
+        raise ValueError(
+            f"labels must be int64, x and weight of one dtype; got {labels.dtype}, {x.dtype} and "
+            f"{weight.dtype}"
+        )
+    labels = labels.flatten()
+    total = _LinearLoss.apply(x.flatten(0, -2), weight, labels, options or LinearLoss())
+    return mean_of_sums(total, (labels != IGNORE).sum(), group, averaged_over, count)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The sum over x [N, E]; keeps its gradients, dx in x's dtype and dweight in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, options: LinearLoss) -> Tensor:
+        wide = accumulation_dtype(x.dtype)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        total = x.new_zeros((), dtype=wide)
+        chunk = options.chunk or max(1, LOGITS // weight.shape[0])
+        for start in range(0, x.shape[0], chunk):
+            at = slice(start, start + chunk)
+            found, dlogits = _chunk(x[at], weight, labels[at], options)
+            total += found
+            if dx is not None:
+                into = _product(dlogits, weight, wide if options.vocab_group else x.dtype)
+                dx[at] = _summed(into, options.vocab_group)
+            if dweight is not None:
+                dweight += _product(dlogits.mT, x[at], wide)
+        ctx.gradients = dx, dweight
+        ctx.dtype = x.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy gives its gradients once: call it again")
+        (dx, dweight), ctx.gradients = ctx.gradients, None
+        if dx is not None:
+            # The factor may be too small for float16; a float32 dx as a whole would take too much.
+            for part in dx.split(max(1, LOGITS // dx.shape[1])):
+                part.copy_(part.to(grads[0].dtype) * grads[0])
+        if dweight is not None:
+            dweight = dweight.mul_(grads[0]).to(ctx.dtype)
+        return dx, dweight, None, None
+
+
+def _chunk(x: Tensor, weight: Tensor, labels: Tensor, options: LinearLoss) -> tuple[Tensor, Tensor]:
+    """The sum of some tokens' losses, and its gradient to their logits in x's dtype."""
+    group, cap = options.vocab_group, options.softcap
+    logits = _product(x, weight.mT, accumulation_dtype(x.dtype))
+    if cap is not None:
+        logits = logits.div_(cap).tanh_().mul_(cap)
+    top = logits.amax(-1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    words = weight.shape[0]
+    place = labels[:, None] - (group.rank() * words if group else 0)
+    mine = (place >= 0) & (place < words)
+    place = place.clamp(0, words - 1)
+    slope = None if cap is None else 1 - (logits / cap).square_()
+    logits -= top
+    target = logits.gather(1, place).masked_fill_(~mine, 0)
+    weights = logits.exp_()
+    known = torch.cat([weights.sum(-1, keepdim=True), target, mine.to(target.dtype)], 1)
+    known = _summed(known, group)
+    sums, target, found = known.split(1, 1)
+    counted = labels[:, None] != IGNORE
+    lse = top + sums.log()
+    losses = sums.log() - target + options.z_loss * lse.square()
+    losses = losses.masked_fill_(found == 0, torch.nan).masked_fill_(~counted, 0)
+    weights *= (1 + 2 * options.z_loss * lse) / sums * counted
+    weights.scatter_add_(1, place, -(mine & counted).to(weights.dtype))
+    if slope is not None:
+        weights *= slope
+    return losses.sum(), weights.to(x.dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in float32 at least and rounded once to `dtype`."""
+    if a.dtype == dtype:
+        return a @ b
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x

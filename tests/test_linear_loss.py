@@ -1,0 +1,144 @@
+"""The chunked loss against torch's, values and gradients."""
+
+import re
+
+import pytest
+import torch
+from conftest import World
+from ranks import groups
+from ringed import relative
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
+from ring_sp.loss import IGNORE
+
+WORDS, DIM = 12, 6
+
+
+def drawn(dtype: torch.dtype = torch.float64, tokens: int = 17) -> tuple[Tensor, Tensor, Tensor]:
+    """x [2, tokens, DIM], weight and labels, of which some are ignored."""
+    make = torch.Generator().manual_seed(tokens)
+    x = torch.randn(2, tokens, DIM, generator=make, dtype=torch.float64).to(dtype)
+    weight = (2 * torch.randn(WORDS, DIM, generator=make, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(WORDS, (2, tokens), generator=make)
+    labels[0, :5], labels[1, -1] = IGNORE, IGNORE
+    return x.requires_grad_(), weight.requires_grad_(), labels
+
+
+def whole(x: Tensor, weight: Tensor, labels: Tensor, options: LinearLoss) -> Tensor:
+    """The same with all logits at once."""
+    logits = (x @ weight.mT).flatten(0, 1)
+    if options.softcap:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    losses = cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    losses = losses + options.z_loss * logits.logsumexp(-1).square()
+    return losses[labels.flatten() != IGNORE].mean()
+
+
+OPTIONS = [
+    LinearLoss(),
+    LinearLoss(chunk=1),
+    LinearLoss(chunk=7, softcap=3.0, z_loss=0.1),
+    LinearLoss(chunk=1000, z_loss=0.3),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_is_the_loss_of_whole_logits(options: LinearLoss) -> None:
+    x, weight, labels = drawn()
+    found, wanted = linear_cross_entropy(x, weight, labels, options=options), 0.7
+    true = whole(x, weight, labels, options)
+    assert relative(found, true) < 1e-14
+    mine = torch.autograd.grad(found * wanted, (x, weight))
+    for own, exact in zip(mine, torch.autograd.grad(true * wanted, (x, weight)), strict=True):
+        assert relative(own, exact) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_rounded_no_more_than_once_a_chunk(dtype: torch.dtype) -> None:
+    x, weight, labels = drawn(dtype, 400)
+    found = linear_cross_entropy(x, weight, labels, options=LinearLoss(chunk=16))
+    exact = [each.detach().double().requires_grad_() for each in (x, weight)]
+    true = whole(exact[0], exact[1], labels, LinearLoss())
+    assert found.dtype == torch.float32 and relative(found, true) < 1e-6
+    scale = 2.0**16  # as a gradient scaler's: without it float16 has no number as small
+    mine = torch.autograd.grad(found * scale, (x, weight))
+    for own, true_gradient in zip(mine, torch.autograd.grad(true * scale, exact), strict=True):
+        assert own.dtype == dtype and relative(own, true_gradient) < torch.finfo(dtype).eps
+
+
+def test_only_the_gradients_asked_for_are_made() -> None:
+    x, weight, labels = drawn()
+    both = torch.autograd.grad(linear_cross_entropy(x, weight, labels), (x, weight))
+    (alone,) = torch.autograd.grad(linear_cross_entropy(x, weight.detach(), labels), x)
+    assert torch.equal(alone, both[0])
+    (alone,) = torch.autograd.grad(linear_cross_entropy(x.detach(), weight, labels), weight)
+    assert torch.equal(alone, both[1])
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, labels).requires_grad
+
+
+def over_ranks(tensor: int) -> float:
+    """Largest difference from one process of loss and gradients, the vocabulary split over tensor
+    ranks, tokens over the others."""
+    manager = groups(tensor=tensor, ring=2)
+    options = LinearLoss(chunk=5, softcap=4.0, z_loss=0.2)
+    x, weight, labels = drawn()
+    true = whole(x, weight, labels, options)
+    exact = torch.autograd.grad(true, (x, weight))
+    rows = slice(manager.rank("tensor") * WORDS // tensor, None)
+    own = weight.detach()[rows][: WORDS // tensor].clone().requires_grad_()
+    cut = [slice(0, 4), slice(4, None)][manager.rank("ring")]
+    part = x.detach()[:, cut].clone().requires_grad_()
+    split = LinearLoss(4.0, 0.2, manager.group("tensor") if tensor > 1 else None, 5)
+    ring = manager.group("ring")
+    found = linear_cross_entropy(part, own, labels[:, cut], group=ring, options=split)
+    found.backward()
+    assert own.grad is not None and part.grad is not None
+    torch.distributed.all_reduce(own.grad, group=ring)
+    wanted = exact[1][rows][: WORDS // tensor]
+    pairs = [(found, true), (part.grad, exact[0][:, cut]), (own.grad, wanted)]
+    return max(relative(mine.detach(), other.detach()) for mine, other in pairs)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_ranks_share_vocabulary_and_tokens(world, tensor: int) -> None:  # type: ignore[no-untyped-def]
+    ranks: World = world(2 * tensor)
+    assert max(ranks.run(over_ranks, tensor)) < 1e-13
+
+
+def test_a_label_that_is_no_word_gives_nan() -> None:
+    x, weight, labels = drawn()
+    for wrong in (WORDS, -1):
+        labels[1, 2] = wrong
+        assert linear_cross_entropy(x, weight, labels).isnan()
+
+
+def test_gradients_are_given_once() -> None:
+    x, weight, labels = drawn()
+    loss = linear_cross_entropy(x, weight, labels)
+    torch.autograd.grad(loss, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(loss, x)
+
+
+def test_nothing_counted_is_a_loss_of_zero() -> None:
+    x, weight, labels = drawn()
+    loss = linear_cross_entropy(x, weight, labels.fill_(IGNORE))
+    assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
+
+
+def test_refuses_what_does_not_fit() -> None:
+    x, weight, labels = drawn()
+    for bad, need in [
+        ((x, weight, labels[:, 1:]), "(2, 17, 6), (12, 6) and (2, 16)"),
+        ((x, weight[:, 1:], labels), "(12, 5)"),
+        ((x, weight, labels.int()), "got torch.int32"),
+        ((x.float(), weight, labels), "torch.float32 and torch.float64"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(need)):
+            linear_cross_entropy(*bad)
+    for options in ({"chunk": 0}, {"softcap": 0.0}, {"z_loss": -1.0}, {"z_loss": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            LinearLoss(**options)
