@@ -37,6 +37,7 @@ class Run:
     padded: bool = False
     packed: bool = False
     layout: str = "zigzag"
+    dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     """More TrainingArguments."""
 
@@ -119,8 +120,10 @@ def made(run: Run, folder: str, **more: Any) -> Trainer:
     as_a_rank()
     args = arguments(run, folder)
     torch.manual_seed(5)
-    config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 1})
+    config = LlamaConfig(**SHAPE, attention_dropout=run.dropout)
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3 if weight.dim() > 1 else 1)
     given: dict[str, Any] = {
         "model": model,
         "args": args,

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import World
 from ringed import relative
 
 pytest.importorskip("accelerate")
-from hf_training import Outcome, Run, trained
+from hf_training import Outcome, Run, made, outcome, trained
 
 NEAR = 1e-5
 """Float32 of two orders of summation, relative."""
@@ -29,6 +31,11 @@ def far(got: Outcome, wanted: Outcome) -> list[str]:
     return found
 
 
+def checkpointing(use_reentrant: bool) -> dict[str, object]:
+    options = {"use_reentrant": use_reentrant}
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
+
+
 @pytest.mark.parametrize(
     ("size", "run"),
     [
@@ -37,6 +44,9 @@ def far(got: Outcome, wanted: Outcome) -> list[str]:
         (4, Run(ring=2, padded=True)),
         (4, Run(ring=2, packed=True, batch=2)),
         (4, Run(ring=4, packed=True, batch=3, layout="balanced")),
+        (2, Run(ring=2, options=checkpointing(True))),
+        (2, Run(ring=2, options=checkpointing(False))),
+        (2, Run(ring=2, options={"train_sampling_strategy": "group_by_length"})),
     ],
     ids=str,
 )
@@ -54,3 +64,27 @@ def test_a_trainer_over_a_ring_is_the_stock_one(
         assert not far(got, wanted)
         assert got.counts[:3] == wanted.counts[:3]
         assert abs(got.counts[3] - wanted.counts[3]) < 0.05 * wanted.counts[3]
+
+
+def test_attention_dropout_does_not_depend_on_the_ring(world: Callable[[int], World]) -> None:
+    run = Run(ring=4, rows=6, accumulation=2, dropout=0.3)
+    alone, kept = (world(1).run(trained, replace(run, ring=1, dropout=p))[0] for p in (0.3, 0.0))
+    assert not far(world(4).run(trained, run)[2], alone)
+    assert any(x.startswith("loss of log 0") for x in far(kept, alone))
+
+
+def resumed(run: Run, folder: str, steps: int) -> Outcome:
+    """A run that was stopped in the middle of an epoch, and goes on from its checkpoint."""
+    made(run, folder).train()
+    dist.barrier()
+    return outcome(made(run, folder), resume_from_checkpoint=f"{folder}/checkpoint-{steps}")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 3, "save_only_model": False}
+    run = Run(ring=2, options=saved)
+    wanted = world(4).run(trained, run)
+    for got, other in zip(world(4).run(resumed, run, str(tmp_path), 3), wanted, strict=True):
+        assert not far(got, other)
