@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ class Run:
     padded: bool = False
     packed: bool = False
     layout: str = "zigzag"
+    stream: bool = False
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     """More TrainingArguments."""
@@ -54,6 +56,16 @@ class Outcome:
     weights: dict[str, Tensor]
     counts: tuple[float, ...]
     """Steps, epochs, and samples over the time they took."""
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """The same without a length."""
+
+    def __init__(self, rows: "Rows") -> None:
+        self.rows = rows.rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.rows)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -120,14 +132,16 @@ def made(run: Run, folder: str, **more: Any) -> Trainer:
     as_a_rank()
     args = arguments(run, folder)
     torch.manual_seed(5)
-    config = LlamaConfig(**SHAPE, attention_dropout=run.dropout)
+    shape: dict[str, Any] = {**SHAPE, "attention_dropout": run.dropout}
+    config = LlamaConfig(**shape)
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3 if weight.dim() > 1 else 1)
+    rows = Rows(run, 1, run.rows)
     given: dict[str, Any] = {
         "model": model,
         "args": args,
-        "train_dataset": Rows(run, 1, run.rows),
+        "train_dataset": Stream(rows) if run.stream else rows,
         "eval_dataset": Rows(run, 2, 5),
         "data_collator": DataCollatorWithFlattening() if run.packed else default_data_collator,
         **more,
@@ -146,7 +160,8 @@ def trained(run: Run) -> Outcome:
 def outcome(trainer: Trainer, **options: Any) -> Outcome:
     done = trainer.train(**options)
     logs = [{k: x[k] for k in LOGGED if k in x} for x in trainer.state.log_history]
-    weights = {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
+    model: Any = trainer.model
+    weights = {name: x.detach().clone() for name, x in model.named_parameters()}
     samples = done.metrics["train_samples_per_second"] / done.metrics["train_steps_per_second"]
     counts = (trainer.state.global_step, trainer.state.max_steps, trainer.state.epoch, samples)
     return Outcome([x for x in logs if x], weights, counts)

@@ -1,7 +1,7 @@
 """What a Trainer over a ring would train wrongly is refused by name."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,7 @@ from conftest import World
 from ranks import groups, raised
 
 pytest.importorskip("accelerate")
-from hf_training import Rows, Run, arguments, as_a_rank, made
-from torch.utils.data import IterableDataset
+from hf_training import Rows, Run, Stream, arguments, as_a_rank, made
 from transformers import Trainer
 
 from ring_sp.integrations.huggingface import HuggingFaceRing
@@ -60,11 +59,6 @@ class Mixed(RingTrainer, OtherLoss):
     pass
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(Rows(Run(), 1, 5).rows)
-
-
 def changed(whole: Any, path: list[str], value: Any) -> Any:
     """A copy in which one attribute is another."""
     made = copy(whole)
@@ -98,8 +92,13 @@ def said_of_parts() -> list[str]:
     ring = HuggingFaceRing(groups(ring=2))
     with tempfile.TemporaryDirectory() as folder:
         good = made(Run(ring=2), folder)
-        parts = {"model": good.model, "args": arguments(Run(), folder), "ring": ring}
-        stream = {**parts, "train_dataset": Stream(), "eval_dataset": Stream()}
+        parts: dict[str, Any] = {
+            "model": good.model,
+            "args": arguments(Run(), folder),
+            "ring": ring,
+        }
+        rows = Stream(Rows(Run(), 1, 4))
+        stream = {**parts, "train_dataset": rows, "eval_dataset": rows}
         config = {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
         streaming = {**stream, "args": arguments(Run(options=config), folder)}
         return [

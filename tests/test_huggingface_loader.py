@@ -91,10 +91,11 @@ def shuffled(source: str) -> list[Found]:
     """Two epochs of a loader whose sampler shuffles by epoch."""
     ring = HuggingFaceRing(groups(ring=2))
     manager = ring.manager
-    rows: list[Any] = [numbered(number)["input_ids"][0] for number in range(8)]
-    place = {"num_replicas": manager.size("data"), "rank": manager.rank("data")}
-    sampler = DistributedSampler(rows, **({} if source == "turns" else place))
-    loader = RingLoader(DataLoader(rows, 2, sampler=sampler, collate_fn=collated), ring, source)
+    rows: Any = [numbered(number)["input_ids"][0] for number in range(8)]
+    place: Any = {"num_replicas": manager.size("data"), "rank": manager.rank("data")}
+    sampler: Any = DistributedSampler(rows, **({} if source == "turns" else place))
+    whole: Any = DataLoader(rows, 2, sampler=sampler, collate_fn=collated)
+    loader = RingLoader(whole, ring, source)
     epochs = []
     for epoch in range(2):
         loader.set_epoch(epoch)

@@ -14,6 +14,7 @@ from hf_training import Outcome, Run, made, outcome, trained
 
 NEAR = 1e-5
 """Float32 of two orders of summation, relative."""
+STREAMING = {"max_steps": 8, "accelerator_config": {"dispatch_batches": False}}
 
 
 def far(got: Outcome, wanted: Outcome) -> list[str]:
@@ -46,6 +47,7 @@ def checkpointing(use_reentrant: bool) -> dict[str, object]:
         (4, Run(ring=4, packed=True, batch=3, layout="balanced")),
         (2, Run(ring=2, options=checkpointing(True))),
         (2, Run(ring=2, options=checkpointing(False))),
+        (4, Run(ring=2, rows=12, stream=True, options=STREAMING)),
         (2, Run(ring=2, options={"train_sampling_strategy": "group_by_length"})),
     ],
     ids=str,

@@ -50,7 +50,7 @@ class RingTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model: Any = super().call_model_init(trial)
         use_ring_attention(model)
-        return model  # type: ignore[no-any-return]
+        return model
 
     def get_train_dataloader(self) -> Any:
         """Whole batches, the same on all ranks of a ring; `get_batch_samples` cuts them, so that
@@ -148,7 +148,7 @@ def _weighted(dataset: Any, step: int) -> Callable[[Tensor], Tensor]:
     """In place of gathering losses, which are the same on all ranks: one of a step for each of its
     samples, so that their mean is that of one process with batches of `step`.
     """
-    counts = repeat(step)
+    counts: Iterator[int] = repeat(step)
     if has_length(dataset):
         whole, rest = divmod(len(dataset), step)
         counts = chain(repeat(step, whole), [rest])
