@@ -130,7 +130,6 @@ def arguments(run: Run, folder: str) -> TrainingArguments:
 def made(run: Run, folder: str, **more: Any) -> Trainer:
     """A Trainer; the same model, data and order for every caller."""
     as_a_rank()
-    args = arguments(run, folder)
     torch.manual_seed(5)
     shape: dict[str, Any] = {**SHAPE, "attention_dropout": run.dropout}
     config = LlamaConfig(**shape)
@@ -140,7 +139,7 @@ def made(run: Run, folder: str, **more: Any) -> Trainer:
     rows = Rows(run, 1, run.rows)
     given: dict[str, Any] = {
         "model": model,
-        "args": args,
+        "args": arguments(run, folder),
         "train_dataset": Stream(rows) if run.stream else rows,
         "eval_dataset": Rows(run, 2, 5),
         "data_collator": DataCollatorWithFlattening() if run.packed else default_data_collator,
