@@ -127,7 +127,7 @@ def arguments(run: Run, folder: str) -> TrainingArguments:
     )
 
 
-def made(run: Run, folder: str, **more: Any) -> Trainer:
+def made(run: Run, folder: str, kind: type[RingTrainer] = RingTrainer) -> Trainer:
     """A Trainer; the same model, data and order for every caller."""
     as_a_rank()
     torch.manual_seed(5)
@@ -143,11 +143,10 @@ def made(run: Run, folder: str, **more: Any) -> Trainer:
         "train_dataset": Stream(rows) if run.stream else rows,
         "eval_dataset": Rows(run, 2, 5),
         "data_collator": DataCollatorWithFlattening() if run.packed else default_data_collator,
-        **more,
     }
     if not run.ring:
         return Trainer(**given)
-    return RingTrainer(**given, ring=HuggingFaceRing(groups(ring=run.ring), run.layout))
+    return kind(**given, ring=HuggingFaceRing(groups(ring=run.ring), run.layout))
 
 
 def trained(run: Run) -> Outcome:

@@ -1,5 +1,6 @@
 """A Trainer over a ring trains as the stock Trainer does in one process."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,23 @@ def test_attention_dropout_does_not_depend_on_the_ring(world: Callable[[int], Wo
     alone, kept = (world(1).run(trained, replace(run, ring=1, dropout=p))[0] for p in (0.3, 0.0))
     assert not far(world(4).run(trained, run)[2], alone)
     assert any(x.startswith("loss of log 0") for x in far(kept, alone))
+
+
+def seeds(run: Run) -> list[int]:
+    """Of attention dropout, in two micro-batches of two steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = made(run, folder)
+        found = []
+        for trainer.state.global_step in range(2):
+            whole = iter(trainer.get_train_dataloader())
+            batches, _ = trainer.get_batch_samples(whole, 2, trainer.args.device)
+            found += [batch["ring_sp"].dropout_seed for batch in batches]
+    return found
+
+
+def test_each_micro_batch_drops_by_a_seed_of_its_own(world: Callable[[int], World]) -> None:
+    first, same, other, _ = world(4).run(seeds, Run(2, accumulation=2, dropout=0.3))
+    assert first == same and len({*first, *other}) == 8
 
 
 def resumed(run: Run, folder: str, steps: int) -> Outcome:
