@@ -179,9 +179,9 @@ def _owners(offers: list[_Offer], source: str, is_first: bool) -> dict[int, list
             raise ValueError(
                 f"all ranks of a ring must read the same batches; those of data rank {data_rank} "
                 f"differ. Give the sampler num_replicas=manager.size('data') and "
-                f"rank=manager.rank('data') and the collator no randomness, or say source='first' "
-                f"(one rank's batches are sent to its ring) or source='turns' (each rank reads its "
-                f"own)."
+                f"rank=manager.rank('data') and the collator no randomness, or a RingLoader "
+                f"source='first' (one rank's batches are sent to its ring) or source='turns' (each "
+                f"rank reads its own)."
             )
         if source == "turns" and is_first and alike and len(found) > 1 and found[0] is not None:
             raise ValueError(
