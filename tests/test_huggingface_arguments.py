@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 from hf_training import Rows, Run, Stream, arguments, as_a_rank, made
 from transformers import Trainer
 
-from ring_sp.integrations.huggingface import HuggingFaceRing
+from ring_sp.integrations.huggingface import HuggingFaceRing, local_attention
 from ring_sp.integrations.huggingface.arguments import refuse_trainer
 from ring_sp.integrations.huggingface.trainer import RingTrainer
 
@@ -110,7 +110,13 @@ def said_of_parts() -> list[str]:
             raised(RingTrainer(**streaming).evaluate),
             raised(RingTrainer(**parts, **sets()).predict, Rows(Run(), 1, 4)),
             raised(RingTrainer(**parts, **sets(labels=False)).train),
+            locally(RingTrainer(**parts, **sets())),
         ]
+
+
+def locally(trainer: RingTrainer) -> str:
+    with local_attention(trainer.model):
+        return raised(trainer.evaluate)
 
 
 def sets(labels: bool = True) -> dict[str, Any]:
@@ -130,6 +136,7 @@ def test_classes_rings_and_data_that_do_not_go_together_are_refused(
         "an IterableDataset to evaluate on",
         "the logits of a ring's batch lie on several ranks",
         "the loss needs labels in the batch",
+        "the model's attention is 'sdpa'",
     ]
     for said in world(2).run(said_of_parts):
         for text, word in zip(said, words, strict=True):

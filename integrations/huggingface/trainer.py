@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 from ring_sp.integrations.huggingface.arguments import refuse_trainer
 from ring_sp.integrations.huggingface.batch import RingBatch
 from ring_sp.integrations.huggingface.loader import RingLoader, ring_parts
-from ring_sp.integrations.huggingface.registration import use_ring_attention
+from ring_sp.integrations.huggingface.registration import NAME, use_ring_attention
 from ring_sp.integrations.huggingface.ring import HuggingFaceRing
 from ring_sp.integrations.huggingface.sharding import over_data_ranks
 
@@ -87,8 +87,15 @@ class RingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean over `num_items_in_batch` labelled tokens of all ranks, with the gradient that
-        is right after all ranks' have been averaged. Raises ValueError without labels.
+        is right after all ranks' have been averaged. Raises ValueError without labels, and for a
+        model whose attention is local, which would not see the other ranks' tokens.
         """
+        attention = self.model.config.get_text_config()._attn_implementation
+        if attention != NAME:
+            raise ValueError(
+                f"the batch lies on several ranks and the model's attention is {attention!r}: leave "
+                f"`local_attention`, or call use_ring_attention(model)"
+            )
         given = {key: x for key, x in inputs.items() if key not in ("labels", "shift_labels")}
         if inputs.get("shift_labels") is None or num_items_in_batch is None:
             raise ValueError(f"the loss needs labels in the batch; got {', '.join(inputs)}")
