@@ -25,10 +25,11 @@ class RingTrainer(Trainer):
     """A Trainer whose sequences lie on the ranks of a ring; also a mixin, the first base:
     `class MyTrainer(RingTrainer, OtherTrainer)`.
 
-    It trains as a stock Trainer of as many processes as there are data ranks: batch sizes, samples,
-    steps and epochs mean what they mean there, and loss, gradient norm and evaluation loss are the
-    same. Of what it logs, eval_steps_per_second alone is counted as if each rank had data of its
-    own; in DeepSpeed's config the same is so of train_batch_size.
+    It trains as a stock Trainer of as many processes as there are data ranks: loss, gradient norm
+    and evaluation loss are the same, and so are samples, steps and epochs;
+    per_device_train_batch_size is of the whole sequences that a ring shares. Attention dropout
+    follows the seed, the step and the data rank. Of what it logs, eval_steps_per_second alone is
+    counted as if each rank had data of its own; in DeepSpeed's config, so is train_batch_size.
     """
 
     def __init__(self, *args: Any, ring: HuggingFaceRing, **kwargs: Any) -> None:
@@ -93,8 +94,8 @@ class RingTrainer(Trainer):
         attention = self.model.config.get_text_config()._attn_implementation
         if attention != NAME:
             raise ValueError(
-                f"the batch lies on several ranks and the model's attention is {attention!r}: leave "
-                f"`local_attention`, or call use_ring_attention(model)"
+                f"the batch lies on several ranks and the model's attention is {attention!r}: "
+                f"leave `local_attention`, or call use_ring_attention(model)"
             )
         given = {key: x for key, x in inputs.items() if key not in ("labels", "shift_labels")}
         if inputs.get("shift_labels") is None or num_items_in_batch is None:
