@@ -1,8 +1,9 @@
 """Ring attention inside Hugging Face transformers: `attn_implementation="ring_sp"`, and batches cut
-for it.
+for it. `trainer` has the Trainer over a ring, which needs accelerate besides.
 """
 
 from ring_sp.integrations.huggingface.batch import RingBatch
+from ring_sp.integrations.huggingface.loader import RingLoader
 from ring_sp.integrations.huggingface.registration import (
     NAME,
     Registration,
@@ -18,6 +19,7 @@ __all__ = [
     "Registration",
     "RingBatch",
     "RingContext",
+    "RingLoader",
     "local_attention",
     "register",
     "use_ring_attention",
