@@ -3,6 +3,7 @@ for it.
 """
 
 from ring_sp.integrations.huggingface.batch import RingBatch
+from ring_sp.integrations.huggingface.feed_forward import use_blockwise
 from ring_sp.integrations.huggingface.registration import (
     NAME,
     Registration,
@@ -20,5 +21,6 @@ __all__ = [
     "RingContext",
     "local_attention",
     "register",
+    "use_blockwise",
     "use_ring_attention",
 ]
