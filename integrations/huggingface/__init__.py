@@ -3,6 +3,7 @@ for it. `trainer` has the Trainer over a ring, which needs accelerate besides.
 """
 
 from ring_sp.integrations.huggingface.batch import RingBatch
+from ring_sp.integrations.huggingface.feed_forward import use_blockwise
 from ring_sp.integrations.huggingface.loader import RingLoader
 from ring_sp.integrations.huggingface.registration import (
     NAME,
@@ -22,5 +23,6 @@ __all__ = [
     "RingLoader",
     "local_attention",
     "register",
+    "use_blockwise",
     "use_ring_attention",
 ]
