@@ -1,0 +1,201 @@
+"""Steps of tiny models under DeepSpeed, and what one process makes of the same batches."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from hf_models import Batch, Case, batch, built, exact
+from ranks import groups
+from ringed import relative
+from transformers import PreTrainedModel
+
+from ring_sp.integrations.deepspeed import NAME, initialize
+
+STEPS, LR, MOMENTUM, CLIP = 2, 0.01, 0.9, 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, how it is spread, and what of DeepSpeed is on."""
+
+    family: str = "Llama"
+    stage: int = 0
+    ring: int = 2
+    layout: str = "zigzag"
+    accumulation: int = 1
+    clip: bool = False
+    ulysses: int = 1
+    checkpointing: bool = False
+    zero: dict[str, Any] = field(default_factory=dict, hash=False)
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    init: bool = False
+    """Whether the model is built under zero.Init."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.family}-zero{self.stage}-ring{self.ring}-{self.layout}"]
+        parts += [f"accumulate{self.accumulation}"] * (self.accumulation > 1)
+        parts += ["clip"] * self.clip + ["init"] * self.init
+        parts += [f"ulysses{self.ulysses}"] * (self.ulysses > 1)
+        parts += ["checkpointing"] * self.checkpointing
+        parts += [f"{key}={value}" for key, value in {**self.zero, **self.config}.items()]
+        return "-".join(parts)
+
+    @property
+    def case(self) -> Case:
+        return Case(self.family, checkpointing=self.checkpointing)
+
+    def host_config(self, data_size: int) -> dict[str, Any]:
+        """What a user of DeepSpeed writes."""
+        rows = self.case.rows
+        return {
+            "train_batch_size": rows * self.accumulation * data_size,
+            "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": CLIP if self.clip else 0.0,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            NAME: {"size": self.ring, "layout": self.layout, "ulysses": self.ulysses},
+            **self.config,
+        }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What STEPS steps did."""
+
+    losses: list[float]
+    norms: list[float]
+    """Of gradients, before they are clipped."""
+    gradients: Batch
+    """Of the last step, before they are clipped."""
+    weights: Batch
+
+
+def start() -> None:
+    """DeepSpeed in a rank of the pool, without the all-reduce that it would compile for CPUs."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = str(dist.get_rank())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Its steps are as exact as the gradients, whatever their size."""
+    return torch.optim.SGD(model.parameters(), LR, MOMENTUM)
+
+
+def number(step: int, micro: int, run: Run, data_size: int, data_rank: int) -> int:
+    """Of a batch among those of the run."""
+    return (step * run.accumulation + micro) * data_size + data_rank
+
+
+@cache
+def one_process(run: Run, data_size: int, steps: int = STEPS) -> Trained:
+    """Plain torch and eager attention in float64."""
+    losses, norms, found = [], [], {}
+    with exact():
+        model = built(run.case)
+        optimizer = sgd(model)
+        for step in range(steps):
+            optimizer.zero_grad()
+            batches = [
+                batch(run.case, number(step, micro, run, data_size, rank))
+                for micro in range(run.accumulation)
+                for rank in range(data_size)
+            ]
+            count = sum((each["labels"][:, 1:] != -100).sum() for each in batches)
+            total = 0.0
+            for each in batches:
+                loss = model(**each, num_items_in_batch=count, use_cache=False).loss
+                loss.backward()
+                total += loss.item()
+            found = {name: x.grad.clone() for name, x in model.named_parameters()}  # type: ignore[union-attr]
+            norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), CLIP if run.clip else float("inf")
+            )
+            losses.append(total)
+            norms.append(norm.item())
+            optimizer.step()
+    return Trained(losses, norms, found, state(model))
+
+
+def reference(run: Run, world_size: int) -> Trained:
+    """`one_process`, worked out once for all runs that must end alike."""
+    alike = Run(run.family, accumulation=run.accumulation, clip=run.clip)
+    return one_process(alike, world_size // run.ring)
+
+
+def state(model: torch.nn.Module) -> Batch:
+    """Whole weights on every rank."""
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: x.detach().clone() for name, x in model.named_parameters()}
+
+
+def model_of(run: Run) -> PreTrainedModel:
+    return built(run.case).float()
+
+
+def engine_of(run: Run, model: torch.nn.Module | None = None) -> Any:
+    start()
+    manager = groups(ring=run.ring // run.ulysses, ulysses=run.ulysses)
+    model = model or model_of(run)
+    config = run.host_config(manager.size("data"))
+    engine, *_ = initialize(model=model, optimizer=sgd(model), config=config, manager=manager)
+    return engine
+
+
+def step_of(engine: Any, run: Run, step: int) -> tuple[float, Batch]:
+    """The loss of a step and its gradients, which are whole."""
+    data_size, data_rank = (getattr(engine.ring.manager, of)("data") for of in ("size", "rank"))
+    found: Batch = {}
+    parts = [
+        engine.ring.batch(batch(run.case, number(step, micro, run, data_size, data_rank)))
+        for micro in range(run.accumulation)
+    ]
+    count = engine.ring.count(part.shift_labels for part in parts)
+    total = 0.0
+    for micro, part in enumerate(parts):
+        loss = engine.ring.loss(engine(**part.inputs).logits, part.shift_labels, count)
+        engine.backward(loss)
+        total += loss.item()
+        if micro == run.accumulation - 1:
+            found = {
+                name: safe_get_full_grad(x).clone() for name, x in engine.module.named_parameters()
+            }
+        engine.step()
+    return total, found
+
+
+def errors(run: Run, wanted: Trained) -> list[tuple[float, str]]:
+    """How far each of this rank's results is from one process's, relatively; worst first."""
+    engine = engine_of(run)
+    found: list[tuple[float, str]] = []
+    gradients: Batch = {}
+    for step in range(STEPS):
+        loss, gradients = step_of(engine, run, step)
+        norm = float(engine.get_global_grad_norm() or norm_of(gradients))
+        found.append((abs(loss / wanted.losses[step] - 1), f"loss {step}"))
+        found.append((abs(norm / wanted.norms[step] - 1), f"norm {step}"))
+    found.append((apart(gradients, wanted.gradients), "gradients"))
+    weights = state(engine.module)
+    found += [(relative(weights[name].double(), x), name) for name, x in wanted.weights.items()]
+    engine.destroy()
+    return sorted(found, reverse=True)
+
+
+def norm_of(gradients: Batch) -> float:
+    return torch.stack([x.double().square().sum() for x in gradients.values()]).sum().sqrt().item()
+
+
+def apart(got: Batch, wanted: Batch) -> float:
+    """The norm of the difference over that of what is wanted, all weights together."""
+    assert got.keys() == wanted.keys()
+    return norm_of({name: got[name].double() - x for name, x in wanted.items()}) / norm_of(wanted)
