@@ -2,6 +2,8 @@
 
 import logging
 import os
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -10,13 +12,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from hf_models import Batch, Case, batch, built, exact
+from hf_models import Batch, Case, batch, built, exact, gradients
 from ranks import groups
 from ringed import relative
 from transformers import PreTrainedModel
 
 from ring_sp.integrations.deepspeed import NAME, initialize
 
+PRECISION = 1e-5
+"""Of float32, relative: of losses, norms, and weights after the last step."""
 STEPS, LR, MOMENTUM, CLIP = 2, 0.01, 0.9, 0.5
 
 
@@ -81,6 +85,7 @@ class Trained:
 def start() -> None:
     """DeepSpeed in a rank of the pool, without the all-reduce that it would compile for CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed's names of collectives
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = str(dist.get_rank())
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -97,14 +102,13 @@ def number(step: int, micro: int, run: Run, data_size: int, data_rank: int) -> i
     return (step * run.accumulation + micro) * data_size + data_rank
 
 
-@cache
-def one_process(run: Run, data_size: int, steps: int = STEPS) -> Trained:
-    """Plain torch and eager attention in float64."""
+def one_process(run: Run, data_size: int, dtype: torch.dtype = torch.float64) -> Trained:
+    """Plain torch and eager attention."""
     losses, norms, found = [], [], {}
-    with exact():
-        model = built(run.case)
+    with exact() if dtype == torch.float64 else nullcontext():
+        model = built(run.case).to(dtype)
         optimizer = sgd(model)
-        for step in range(steps):
+        for step in range(STEPS):
             optimizer.zero_grad()
             batches = [
                 batch(run.case, number(step, micro, run, data_size, rank))
@@ -112,25 +116,39 @@ def one_process(run: Run, data_size: int, steps: int = STEPS) -> Trained:
                 for rank in range(data_size)
             ]
             count = sum((each["labels"][:, 1:] != -100).sum() for each in batches)
-            total = 0.0
+            losses.append(0.0)
             for each in batches:
                 loss = model(**each, num_items_in_batch=count, use_cache=False).loss
                 loss.backward()
-                total += loss.item()
-            found = {name: x.grad.clone() for name, x in model.named_parameters()}  # type: ignore[union-attr]
-            norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), CLIP if run.clip else float("inf")
-            )
-            losses.append(total)
-            norms.append(norm.item())
+                losses[-1] += loss.item()
+            found = {name: x.clone() for name, x in gradients(model).items()}
+            norms.append(norm_of(found))
+            if run.clip:
+                assert norms[-1] > CLIP
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
     return Trained(losses, norms, found, state(model))
 
 
-def reference(run: Run, world_size: int) -> Trained:
-    """`one_process`, worked out once for all runs that must end alike."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a run should do."""
+
+    exact: Trained
+    rounding: float
+    """How far float32 takes one process's gradients from the exact ones."""
+
+
+@cache
+def _wanted(run: Run, data_size: int) -> Wanted:
+    exactly, roughly = (one_process(run, data_size, x) for x in (torch.float64, torch.float32))
+    return Wanted(exactly, apart(roughly.gradients, exactly.gradients))
+
+
+def wanted(run: Run, world_size: int = 4) -> Wanted:
+    """Worked out once for all runs that must end alike."""
     alike = Run(run.family, accumulation=run.accumulation, clip=run.clip)
-    return one_process(alike, world_size // run.ring)
+    return _wanted(alike, world_size // run.ring)
 
 
 def state(model: torch.nn.Module) -> Batch:
@@ -174,21 +192,29 @@ def step_of(engine: Any, run: Run, step: int) -> tuple[float, Batch]:
     return total, found
 
 
-def errors(run: Run, wanted: Trained) -> list[tuple[float, str]]:
-    """How far each of this rank's results is from one process's, relatively; worst first."""
+def errors(run: Run, wanted: Wanted) -> list[tuple[float, str]]:
+    """How far each of this rank's results is from one process's, in units of PRECISION; worst
+    first.
+    """
     engine = engine_of(run)
-    found: list[tuple[float, str]] = []
-    gradients: Batch = {}
-    for step in range(STEPS):
-        loss, gradients = step_of(engine, run, step)
-        norm = float(engine.get_global_grad_norm() or norm_of(gradients))
-        found.append((abs(loss / wanted.losses[step] - 1), f"loss {step}"))
-        found.append((abs(norm / wanted.norms[step] - 1), f"norm {step}"))
-    found.append((apart(gradients, wanted.gradients), "gradients"))
-    weights = state(engine.module)
-    found += [(relative(weights[name].double(), x), name) for name, x in wanted.weights.items()]
+    found = compared(engine, run, wanted)
     engine.destroy()
-    return sorted(found, reverse=True)
+    return found
+
+
+def compared(engine: Any, run: Run, wanted: Wanted, first: int = 0) -> list[tuple[float, str]]:
+    """`errors` of the steps from `first` on."""
+    exactly, found, last = wanted.exact, [], {}
+    for step in range(first, STEPS):
+        loss, last = step_of(engine, run, step)
+        norm = float(engine.get_global_grad_norm() or norm_of(last))
+        found.append((abs(loss / exactly.losses[step] - 1), f"loss {step}"))
+        found.append((abs(norm / exactly.norms[step] - 1), f"norm {step}"))
+    weights = state(engine.module)
+    found += [(relative(weights[name].double(), x), name) for name, x in exactly.weights.items()]
+    allowed = max(PRECISION, 4 * wanted.rounding) / PRECISION
+    found.append((apart(last, exactly.gradients) / allowed, "gradients"))
+    return sorted(((size / PRECISION, what) for size, what in found), reverse=True)
 
 
 def norm_of(gradients: Batch) -> float:
