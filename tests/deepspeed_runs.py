@@ -16,8 +16,17 @@ from hf_models import Batch, Case, batch, built, exact, gradients
 from ranks import groups
 from ringed import relative
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from ring_sp.integrations.deepspeed import NAME, initialize
+from ring_sp.integrations.deepspeed import (
+    NAME,
+    DeepSpeedRing,
+    RingBlock,
+    RingMPU,
+    host_config,
+    initialize,
+)
+from ring_sp.integrations.huggingface import use_ring_attention
 
 PRECISION = 1e-5
 """Of float32, relative: of losses, norms, and weights after the last step."""
@@ -40,11 +49,13 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     init: bool = False
     """Whether the model is built under zero.Init."""
+    mpu: bool = False
+    """Whether DeepSpeed is told of the ring by an mpu, and not by the block."""
 
     def __str__(self) -> str:
         parts = [f"{self.family}-zero{self.stage}-ring{self.ring}-{self.layout}"]
         parts += [f"accumulate{self.accumulation}"] * (self.accumulation > 1)
-        parts += ["clip"] * self.clip + ["init"] * self.init
+        parts += ["clip"] * self.clip + ["init"] * self.init + ["mpu"] * self.mpu
         parts += [f"ulysses{self.ulysses}"] * (self.ulysses > 1)
         parts += ["checkpointing"] * self.checkpointing
         parts += [f"{key}={value}" for key, value in {**self.zero, **self.config}.items()]
@@ -52,7 +63,7 @@ class Run:
 
     @property
     def case(self) -> Case:
-        return Case(self.family, checkpointing=self.checkpointing)
+        return Case(self.family)
 
     def host_config(self, data_size: int) -> dict[str, Any]:
         """What a user of DeepSpeed writes."""
@@ -102,13 +113,15 @@ def number(step: int, micro: int, run: Run, data_size: int, data_rank: int) -> i
     return (step * run.accumulation + micro) * data_size + data_rank
 
 
-def one_process(run: Run, data_size: int, dtype: torch.dtype = torch.float64) -> Trained:
+def one_process(
+    run: Run, data_size: int, steps: int = STEPS, dtype: torch.dtype = torch.float64
+) -> Trained:
     """Plain torch and eager attention."""
     losses, norms, found = [], [], {}
     with exact() if dtype == torch.float64 else nullcontext():
         model = built(run.case).to(dtype)
         optimizer = sgd(model)
-        for step in range(STEPS):
+        for step in range(steps):
             optimizer.zero_grad()
             batches = [
                 batch(run.case, number(step, micro, run, data_size, rank))
@@ -141,7 +154,9 @@ class Wanted:
 
 @cache
 def _wanted(run: Run, data_size: int) -> Wanted:
-    exactly, roughly = (one_process(run, data_size, x) for x in (torch.float64, torch.float32))
+    exactly, roughly = (
+        one_process(run, data_size, STEPS, x) for x in (torch.float64, torch.float32)
+    )
     return Wanted(exactly, apart(roughly.gradients, exactly.gradients))
 
 
@@ -158,16 +173,43 @@ def state(model: torch.nn.Module) -> Batch:
 
 
 def model_of(run: Run) -> PreTrainedModel:
-    return built(run.case).float()
+    model = built(run.case).float()
+    if run.init:
+        whole, config = model.state_dict(), run.host_config(dist.get_world_size() // run.ring)
+        start()
+        with (
+            deepspeed.zero.Init(config_dict_or_path=host_config(config)),
+            no_init_weights(),
+        ):
+            model = type(model)._from_config(model.config)
+        weights = dict(model.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(weights.values()), modifier_rank=0):
+            for name, weight in weights.items():
+                weight.data.copy_(whole[name])
+    if run.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
-def engine_of(run: Run, model: torch.nn.Module | None = None) -> Any:
+def engine_of(run: Run) -> Any:
     start()
-    manager = groups(ring=run.ring // run.ulysses, ulysses=run.ulysses)
-    model = model or model_of(run)
+    manager, model = groups(ring=run.ring // run.ulysses, ulysses=run.ulysses), model_of(run)
     config = run.host_config(manager.size("data"))
-    engine, *_ = initialize(model=model, optimizer=sgd(model), config=config, manager=manager)
+    if not run.mpu:
+        return initialize(model=model, optimizer=sgd(model), config=config, manager=manager)[0]
+    block = RingBlock(**config.pop(NAME))
+    use_ring_attention(model)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=sgd(model), config=config, mpu=RingMPU(manager)
+    )
+    engine.ring = DeepSpeedRing.of(engine, manager, block)
     return engine
+
+
+def destroy(engine: Any) -> None:
+    """DeepSpeed keeps an engine's mpu for those after it."""
+    engine.destroy()
+    deepspeed.utils.groups.mpu = None
 
 
 def step_of(engine: Any, run: Run, step: int) -> tuple[float, Batch]:
@@ -198,7 +240,7 @@ def errors(run: Run, wanted: Wanted) -> list[tuple[float, str]]:
     """
     engine = engine_of(run)
     found = compared(engine, run, wanted)
-    engine.destroy()
+    destroy(engine)
     return found
 
 

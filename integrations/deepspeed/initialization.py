@@ -2,20 +2,19 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
-from ring_sp import ProcessGroupManager, ShardedSequence
+from ring_sp import ProcessGroupManager
 from ring_sp.agreement import Refusal, refusal
 from ring_sp.integrations.deepspeed.block import NAME, RingBlock
 from ring_sp.integrations.deepspeed.config import read, translated
+from ring_sp.integrations.deepspeed.hosted import check_model, switch
 from ring_sp.integrations.deepspeed.refusals import refuse_arguments, refuse_config
 from ring_sp.integrations.deepspeed.ring import DeepSpeedRing
 
@@ -63,7 +62,7 @@ def initialize(
         refuse_arguments(model, mpu, mesh_param)
         found = _checked(read(args, config, config_params))
         _check_manager(manager, found[0])
-        _check_model(model, found[0])
+        check_model(model, found[0])
         _check_data(training_data)
         return found
 
@@ -71,7 +70,7 @@ def initialize(
     if manager is None:
         sizes = {name: getattr(block, name) for name in AXES}
         manager = ProcessGroupManager.build(**sizes, exchange=block.exchange)
-    hosted = _hugging_face_ring(model, manager, block)
+    switch(model)
     own = _without_config(args)
     engine, *_ = deepspeed.initialize(
         args=own,
@@ -86,11 +85,7 @@ def initialize(
     )
     if hasattr(args, "local_rank"):
         args.local_rank = own.local_rank  # as DeepSpeed leaves it
-    # A model meets few lengths and masks at a time; packed batches bring new masks each.
-    sequence = lru_cache(maxsize=64)(
-        lambda seq_len, mask=None: ShardedSequence(seq_len, manager.topology, mask, block.layout)
-    )
-    engine.ring = DeepSpeedRing(engine, block, manager, sequence, hosted)
+    engine.ring = DeepSpeedRing.of(engine, manager, block)
     if training_data is not None:
         sampler: DistributedSampler[Any] = DistributedSampler(
             training_data, manager.size("data"), manager.rank("data")
@@ -169,49 +164,6 @@ def _check_data(training_data: Any) -> None:
         "same samples; read an iterable dataset in a loader of your own, by "
         "engine.ring.manager.rank('data')"
     )
-
-
-def _check_model(model: nn.Module, block: RingBlock) -> None:
-    """Raise for a model of transformers that cannot ring; without changing it."""
-    parts = list(_of_transformers(model))
-    if not parts:
-        return
-    if len(parts) > 1:
-        raise NotImplementedError(
-            f"{type(model).__name__} holds {len(parts)} models of transformers: give one to an "
-            f"engine, with its own ring"
-        )
-    from ring_sp.integrations.huggingface.refusals import refuse_model
-    from ring_sp.ulysses import kv_replication
-
-    refuse_model(parts[0])
-    text = parts[0].config.get_text_config()
-    heads = text.num_attention_heads
-    kv_replication(heads, getattr(text, "num_key_value_heads", None) or heads, block.ulysses)
-
-
-def _hugging_face_ring(model: nn.Module, manager: ProcessGroupManager, block: RingBlock) -> Any:
-    """The ring of a model of transformers, whose attention is switched to it; None for others."""
-    parts = list(_of_transformers(model))
-    if not parts:
-        return None
-    from ring_sp.integrations.huggingface import HuggingFaceRing, use_ring_attention
-
-    use_ring_attention(parts[0])
-    return HuggingFaceRing(manager, block.layout, block.kernel)
-
-
-def _of_transformers(model: nn.Module) -> Iterator[Any]:
-    """The models of transformers in `model`, itself or what it wraps, without their own parts."""
-    try:
-        from transformers import PreTrainedModel
-    except ImportError:
-        return
-    if isinstance(model, PreTrainedModel):
-        yield model
-        return
-    for child in model.children():
-        yield from _of_transformers(child)
 
 
 def _without_config(args: Any) -> Any:

@@ -76,7 +76,7 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[str]:
     if zero.get("stage") == 3 and config.get("gradient_predivide_factor", 1) != 1:
         yield (
             "gradient_predivide_factor must be left out in ZeRO stage 3, where DeepSpeed 0.19 does "
-            "not undo it if it is the number of ranks"
+            "not undo it if it is the number of ranks, and refuses it with reduce_scatter"
         )
     if (tensor.get("autotp_size") or 0) > 1:
         yield "tensor_parallel (AutoTP) is not supported: DeepSpeed puts its groups over the ring's"

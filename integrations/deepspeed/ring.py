@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ring_sp import ProcessGroupManager, ShardedSequence
 from ring_sp.integrations.deepspeed.averaging import gradient_divisor
 from ring_sp.integrations.deepspeed.block import RingBlock
+from ring_sp.integrations.deepspeed.hosted import hugging_face_ring
 from ring_sp.loss import IGNORE, cross_entropy_mean, token_mean
 from ring_sp.masks import Mask
 
@@ -32,6 +34,20 @@ class DeepSpeedRing:
     """
     hugging_face: "HuggingFaceRing | None"
     """None for a model that is not of transformers."""
+
+    @classmethod
+    def of(cls, engine: Any, manager: ProcessGroupManager, block: RingBlock) -> "DeepSpeedRing":
+        """For an engine of `deepspeed.initialize(mpu=RingMPU(manager))`, what `initialize` gives
+        one of its own. Raises ValueError for a model of transformers with another attention.
+        """
+        # A model meets few lengths and masks at a time; packed batches bring new masks each.
+        sequence = lru_cache(maxsize=64)(
+            lambda seq_len, mask=None: ShardedSequence(
+                seq_len, manager.topology, mask, block.layout
+            )
+        )
+        hosted = hugging_face_ring(engine.module, manager, block)
+        return cls(engine, block, manager, sequence, hosted)
 
     def batch(
         self,
