@@ -16,9 +16,9 @@ STEP = re.compile(r"step \d+: loss (\S+)  gradient norm (\S+)")
 
 
 def measured(script: str, arguments: str) -> list[tuple[float, ...]]:
-    """The loss and gradient norm of each step on 4 ranks."""
+    """The loss and gradient norm of each step on 2 ranks."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "4", str(EXAMPLES / script), *arguments.split()]
+    command += ["--nproc_per_node", "2", str(EXAMPLES / script), *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [tuple(map(float, found)) for found in STEP.findall(done.stdout)]
@@ -26,7 +26,7 @@ def measured(script: str, arguments: str) -> list[tuple[float, ...]]:
 
 def test_a_gpt_trains_alike_on_any_ring(tmp_path: Path) -> None:
     config = json.loads((EXAMPLES / "ds_config.json").read_text())
-    config["sequence_parallel_ring"]["size"] = 4
+    config["sequence_parallel_ring"]["size"] = 1
     config["zero_optimization"]["stage"] = 3
     other = tmp_path / "ds_config.json"
     other.write_text(json.dumps(config))
@@ -36,15 +36,14 @@ def test_a_gpt_trains_alike_on_any_ring(tmp_path: Path) -> None:
         for path in (EXAMPLES / "ds_config.json", other)
     )
     assert len(wanted) == 2
-    assert [x for step in found for x in step] == pytest.approx(sum(wanted, ()), rel=1e-5)
+    assert sum(found, ()) == pytest.approx(sum(wanted, ()), rel=1e-5)
 
 
 def test_a_llama_trains_alike_with_deepspeeds_tiles() -> None:
     small = "--hidden-size 32 --ffn-hidden-size 48 --seq-length 65 --train-iters 2"
     small += " --train-batch-size 4"
-    wanted = measured("pretrain_llama.py", f"{small} --sequence-parallel-ring 1 --zero-stage 0")
-    tiled = "--sequence-parallel-ring 4 --tiles 3 --activation-checkpointing"
+    wanted = measured("pretrain_llama.py", f"{small} --sequence-parallel-ring 1 --zero-stage 1")
+    tiled = "--sequence-parallel-ring 2 --tiles 3 --activation-checkpointing"
     found = measured("pretrain_llama.py", f"{small} {tiled}")
     assert len(wanted) == 2
-    losses = [[step[0] for step in steps] for steps in (found, wanted)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5), "the second follows from gradients"
+    assert sum(found, ()) == pytest.approx(sum(wanted, ()), rel=1e-5)

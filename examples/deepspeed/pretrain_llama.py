@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace) -> PreTrainedModel:
+def build(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """The same weights on every rank."""
     torch.manual_seed(1234)
     config_class, model_class = FAMILIES[args.family]
@@ -80,7 +80,8 @@ def build(args: argparse.Namespace) -> PreTrainedModel:
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         tie_word_embeddings=False,
     )
-    model: PreTrainedModel = model_class(config)
+    with device:
+        model: PreTrainedModel = model_class(config)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -108,7 +109,7 @@ def host_config(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = parse_args()
     device = start_ranks()
-    plain = build(args)
+    plain = build(args, device)
     model = TiledLoss(plain, args.tiles) if args.tiles else plain
     engine, *_ = initialize(
         model=model, model_parameters=model.parameters(), config=host_config(args)
