@@ -49,13 +49,16 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     init: bool = False
     """Whether the model is built under zero.Init."""
+    adam: bool = False
     mpu: bool = False
     """Whether DeepSpeed is told of the ring by an mpu, and not by the block."""
 
     def __str__(self) -> str:
         parts = [f"{self.family}-zero{self.stage}-ring{self.ring}-{self.layout}"]
         parts += [f"accumulate{self.accumulation}"] * (self.accumulation > 1)
-        parts += ["clip"] * self.clip + ["init"] * self.init + ["mpu"] * self.mpu
+        parts += (
+            ["clip"] * self.clip + ["init"] * self.init + ["mpu"] * self.mpu + ["adam"] * self.adam
+        )
         parts += [f"ulysses{self.ulysses}"] * (self.ulysses > 1)
         parts += ["checkpointing"] * self.checkpointing
         parts += [f"{key}={value}" for key, value in {**self.zero, **self.config}.items()]
@@ -108,6 +111,11 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), LR, MOMENTUM)
 
 
+def optimizer_of(run: Run, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Adam's steps are so with an epsilon that is large beside small gradients."""
+    return torch.optim.AdamW(model.parameters(), LR, eps=1.0) if run.adam else sgd(model)
+
+
 def number(step: int, micro: int, run: Run, data_size: int, data_rank: int) -> int:
     """Of a batch among those of the run."""
     return (step * run.accumulation + micro) * data_size + data_rank
@@ -119,8 +127,9 @@ def one_process(
     """Plain torch and eager attention."""
     losses, norms, found = [], [], {}
     with exact() if dtype == torch.float64 else nullcontext():
-        model = built(run.case).to(dtype)
-        optimizer = sgd(model)
+        model: torch.nn.Module = built(run.case)
+        model.to(dtype)
+        optimizer = optimizer_of(run, model)
         for step in range(steps):
             optimizer.zero_grad()
             batches = [
@@ -162,7 +171,7 @@ def _wanted(run: Run, data_size: int) -> Wanted:
 
 def wanted(run: Run, world_size: int = 4) -> Wanted:
     """Worked out once for all runs that must end alike."""
-    alike = Run(run.family, accumulation=run.accumulation, clip=run.clip)
+    alike = Run(run.family, accumulation=run.accumulation, clip=run.clip, adam=run.adam)
     return _wanted(alike, world_size // run.ring)
 
 
@@ -195,12 +204,13 @@ def engine_of(run: Run) -> Any:
     start()
     manager, model = groups(ring=run.ring // run.ulysses, ulysses=run.ulysses), model_of(run)
     config = run.host_config(manager.size("data"))
+    optimizer = optimizer_of(run, model)
     if not run.mpu:
-        return initialize(model=model, optimizer=sgd(model), config=config, manager=manager)[0]
+        return initialize(model=model, optimizer=optimizer, config=config, manager=manager)[0]
     block = RingBlock(**config.pop(NAME))
     use_ring_attention(model)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=sgd(model), config=config, mpu=RingMPU(manager)
+        model=model, optimizer=optimizer, config=config, mpu=RingMPU(manager)
     )
     engine.ring = DeepSpeedRing.of(engine, manager, block)
     return engine
@@ -220,6 +230,7 @@ def step_of(engine: Any, run: Run, step: int) -> tuple[float, Batch]:
         engine.ring.batch(batch(run.case, number(step, micro, run, data_size, data_rank)))
         for micro in range(run.accumulation)
     ]
+    assert {part.sequence.layout for part in parts} == {run.layout}
     count = engine.ring.count(part.shift_labels for part in parts)
     total = 0.0
     for micro, part in enumerate(parts):
@@ -246,7 +257,8 @@ def errors(run: Run, wanted: Wanted) -> list[tuple[float, str]]:
 
 def compared(engine: Any, run: Run, wanted: Wanted, first: int = 0) -> list[tuple[float, str]]:
     """`errors` of the steps from `first` on."""
-    exactly, found, last = wanted.exact, [], {}
+    exactly, last = wanted.exact, Batch()
+    found: list[tuple[float, str]] = []
     for step in range(first, STEPS):
         loss, last = step_of(engine, run, step)
         norm = float(engine.get_global_grad_norm() or norm_of(last))

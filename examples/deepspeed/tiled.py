@@ -43,7 +43,8 @@ class TiledLoss(nn.Module):
         if head.weight is model.get_input_embeddings().weight:
             raise ValueError("a tiled loss needs a head of its own: tie_word_embeddings=False")
         self.model, self.tiles = model, tiles
-        for layer in model.base_model.layers:
+        layers: Any = model.base_model.layers
+        for layer in layers:
             layer.mlp = Tiled(layer.mlp, tiles)
 
     def forward(self, shift_labels: Tensor, **inputs: Any) -> Tensor:
