@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.masks import documents
@@ -80,6 +81,29 @@ def mean_of_sums(
     whole, found = sums
     count = (found if count is None else torch.as_tensor(count)).clamp_min(1)
     return _Mean.apply(total, whole, count, averaged_over)
+
+
+def cross_entropy_mean(
+    logits: Tensor,
+    shift_labels: Tensor,
+    group: dist.ProcessGroup | None = None,
+    averaged_over: int = 1,
+    count: Tensor | None = None,
+) -> Tensor:
+    """`token_mean` of the cross entropy, over the tokens whose label is not `IGNORE`.
+
+    logits [B, S, V] and shift_labels int64 [B, S] are of this rank's tokens; ValueError if they are
+    not of the same. Computed in float32 at least. The rest as in `token_mean`.
+    """
+    if logits.shape[:-1] != shift_labels.shape:
+        raise ValueError(
+            f"logits [B, S, V] and shift_labels [B, S] must speak of the same tokens; got "
+            f"{tuple(logits.shape)} and {tuple(shift_labels.shape)}. Keep logits_to_keep at 0."
+        )
+    wide = logits.to(accumulation_dtype(logits.dtype)).flatten(0, -2)
+    labels = shift_labels.flatten()
+    losses = functional.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="none")
+    return token_mean(losses, labels != IGNORE, group, averaged_over, count)
 
 
 class _Mean(torch.autograd.Function):

@@ -25,9 +25,10 @@ class World:
             if backend != "gloo"
             else multiprocessing.get_context("forkserver")
         )
-        # What takes seconds to import; models of transformers only where a collected test has them.
+        # What takes seconds to import; models and DeepSpeed only where a collected test has them.
         models = ("gemma2", "gpt_oss", "llama", "mistral", "qwen3")
         modules = {f"transformers.models.{name}.modeling_{name}" for name in models}
+        modules.add("ring_sp.integrations.deepspeed")
         hosts = ["ring_sp.integrations.megatron.installation", *(modules & sys.modules.keys())]
         context.set_forkserver_preload(hosts)
         with socket.socket() as free:

@@ -19,10 +19,11 @@ step() {
     .venv/bin/python -m "$@" || failed+=("$1")
 }
 
-bash examples/environment.sh megatron,hf,cli,test
+bash examples/environment.sh megatron,hf,deepspeed,cli,test
 step ruff check .
 step ruff format --check .
 step mypy
+step mypy examples/deepspeed/pretrain_gpt.py examples/text.py
 step pytest "$@"
 if (($# == 0)); then
     # The newest tested Megatron wants Python 3.12 for its training loop only.

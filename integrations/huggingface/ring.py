@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ring_sp import ProcessGroupManager, ShardedSequence, masks
 from ring_sp.integrations.huggingface.batch import RingBatch, WholeBatch
-from ring_sp.kernels.contract import accumulation_dtype
-from ring_sp.loss import IGNORE, token_mean
+from ring_sp.loss import cross_entropy_mean
 from ring_sp.masks import Mask
 
 LAYER_STRIDE = 0x1E3779B97F4A7C15
@@ -75,16 +73,8 @@ class HuggingFaceRing:
         for DDP and FSDP2, 1 where it sums. `count` as in `ring_sp.loss.token_mean`, for batches
         that accumulate. Collective over data and sequence ranks.
         """
-        if logits.shape[:-1] != shift_labels.shape:
-            raise ValueError(
-                f"logits [B, S, V] and shift_labels [B, S] must speak of the same tokens; got "
-                f"{tuple(logits.shape)} and {tuple(shift_labels.shape)}. Keep logits_to_keep at 0."
-            )
-        wide = logits.to(accumulation_dtype(logits.dtype)).flatten(0, -2)
-        losses = cross_entropy(wide, shift_labels.flatten(), ignore_index=IGNORE, reduction="none")
-        counted = shift_labels.flatten() != IGNORE
         group = self.manager.group("data_sequence")
-        return token_mean(losses, counted, group, averaged_over, count)
+        return cross_entropy_mean(logits, shift_labels, group, averaged_over, count)
 
     def _sequence(self, seq_len: int, mask: Mask | None = None) -> ShardedSequence:
         return ShardedSequence(seq_len, self.manager.topology, mask, self.layout)
