@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
-from text import Corpus, train_and_validation
+from text import Corpus
 
 Loss = Callable[[Any, Tensor | None], Tensor]
 """The loss of a part of a batch; with the number of labels of a step that accumulates."""
@@ -83,14 +83,14 @@ def clock(began: float) -> float:
 
 def train(
     engine: Any,
+    documents: Sequence[bytes],
     seq_len: int,
     count: int,
     cut: Callable[[Tensor], tuple[Any, Tensor]],
     loss_of: Loss,
-    seed: int = 1234,
 ) -> None:
     """`count` steps on real text in sequences of `seq_len` tokens; rank 0 prints."""
-    corpus, _ = train_and_validation(seq_len, seed)
+    corpus = Corpus(documents, seq_len, seed=1234)
     tokens = engine.train_batch_size() * seq_len
     for number, step in enumerate(steps(engine, corpus, count, cut, loss_of), 1):
         text = f"{seq_len} tokens, step {number}: loss {step.loss:.6f}  "

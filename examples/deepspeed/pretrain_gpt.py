@@ -13,7 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from loop import describe, start_ranks, train
-from text import VOCAB_SIZE
+from text import VOCAB_SIZE, library_documents
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,7 +88,7 @@ def main() -> None:
         loss: Tensor = engine.ring.loss(engine(tokens, sequence), labels, labelled)
         return loss
 
-    train(engine, args.seq_length, args.train_iters, cut, loss_of)
+    train(engine, library_documents(), args.seq_length, args.train_iters, cut, loss_of)
     dist.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from loop import describe, start_ranks, train
-from text import VOCAB_SIZE
+from text import VOCAB_SIZE, library_documents
 from tiled import TiledLoss, mean_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config
@@ -128,11 +128,12 @@ def main() -> None:
         loss: Tensor = engine.ring.loss(engine(**part.inputs).logits, part.shift_labels, labelled)
         return loss
 
+    documents = library_documents()
     for seq_len in args.seq_length:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        train(engine, seq_len, args.train_iters, cut, loss_of)
+        train(engine, documents, seq_len, args.train_iters, cut, loss_of)
     dist.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset
 
 from ring_sp import ProcessGroupManager
 from ring_sp.agreement import Refusal, refusal
@@ -154,10 +154,8 @@ def _check_manager(manager: ProcessGroupManager | None, block: RingBlock) -> Non
 
 
 def _check_data(training_data: Any) -> None:
-    if training_data is None or isinstance(training_data, Dataset | list | tuple):
-        if not isinstance(training_data, IterableDataset):
-            return
-    elif hasattr(training_data, "__getitem__") and hasattr(training_data, "__len__"):
+    sized = hasattr(training_data, "__getitem__") and hasattr(training_data, "__len__")
+    if training_data is None or (sized and not isinstance(training_data, IterableDataset)):
         return
     raise NotImplementedError(
         "training_data must have __getitem__ and __len__, so that all ranks of a ring draw the "
