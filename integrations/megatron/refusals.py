@@ -15,8 +15,6 @@ def refuse_config(config: TransformerConfig, attention_type: str) -> None:
             softmax_type not in SOFTMAX_TYPES
         ),
         f"experimental_attention_variant {variant!r}": variant is not None,
-        "qk_clip": getattr(config, "qk_clip", False),
-        "log_max_attention_logit": getattr(config, "log_max_attention_logit", False),
         "fp8_dot_product_attention": getattr(config, "fp8_dot_product_attention", False),
         "batch_invariant_mode": getattr(config, "batch_invariant_mode", False),
         "CUDA graphs; use cuda_graph_impl 'none'": _captured(config),
