@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ring_sp import ShardedSequence, max_logits, ring_attention
+from ring_sp.integrations.megatron.dropout import next_seed
 from ring_sp.integrations.megatron.layer_mask import rule, window_of, within
 from ring_sp.integrations.megatron.refusals import refuse_config
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
-
-TENSOR_STRIDE = 0x1E3779B97F4A7C15
-"""Between the seeds of tensor ranks, whose heads are others."""
 
 
 class RingCoreAttention(MegatronModule):
@@ -157,16 +155,10 @@ class RingCoreAttention(MegatronModule):
         self.current_max_attn_logits = found if held is None else torch.maximum(held, found)
 
     def _dropout(self) -> dict[str, Any]:
-        """The probability, and a seed that is another for each layer, step and tensor rank.
-
-        It is drawn on the CPU, where Megatron's ranks of one ring draw alike, and recomputation
-        draws what the forward drew.
-        """
+        """The probability, and a seed that is another for each layer, step and tensor rank."""
         if not self.training or not self.dropout_p:
             return {}
-        drawn = int(torch.randint(1 << 62, (), device="cpu").item())
-        seed = (drawn + self.tp_group.rank() * TENSOR_STRIDE) % (1 << 63)
-        return {"dropout_p": self.dropout_p, "dropout_seed": seed}
+        return {"dropout_p": self.dropout_p, "dropout_seed": next_seed(self.tp_group.rank())}
 
     def _sequences(
         self, query: Tensor, key: Tensor, mask_type: AttnMaskType, params: PackedSeqParams | None
