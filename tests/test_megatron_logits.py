@@ -80,7 +80,7 @@ def alone() -> list[bool]:
     """Whether a step's largest scores are those of all its micro-batches, on one rank."""
     with OnCpu():
         chunks, optimizer, ring = build({"config": CLIP})
-    cores = [module for module in chunks[0].modules() if isinstance(module, RingCoreAttention)]
+    cores: list[Any] = [x for x in chunks[0].modules() if isinstance(x, RingCoreAttention)]
     for core in cores:
         core.seen = []
         core.register_forward_hook(brute)

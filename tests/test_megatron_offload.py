@@ -37,7 +37,7 @@ class Offload:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hooks.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._hooks.__exit__(kind, error, trace)
 
     def _pack(self, x: Tensor) -> int | Tensor:
         if isinstance(x, torch.nn.Parameter):

@@ -50,8 +50,7 @@ def test_offloads_by_the_switch_of_transformer_engine() -> None:
 
 
 def test_a_graph_that_is_proven_still_replays_no_python() -> None:
-    scoped = {"cuda_graph_impl": "local", "cuda_graph_scope": [mock.Mock()]}
-    scoped["cuda_graph_scope"][0].name = "full_iteration"  # type: ignore[index]
+    scoped = {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}
     with mock.patch.object(refusals, "PROVEN_GRAPHS", ("full_iteration",)):
         assert refused(**WHOLE) == refused(**scoped) == ""
         assert "form local" in refused(cuda_graph_impl="local", cuda_graph_scope=[])
