@@ -5,6 +5,7 @@ from ring_sp.attention import ring_attention
 from ring_sp.blockwise import blockwise
 from ring_sp.explanation import Explanation, explain
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
+from ring_sp.logits import max_logits
 from ring_sp.modules import AttentionConfig, RingAttention, RingTransformer
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import ProcessGroupManager, Topology
@@ -23,5 +24,6 @@ __all__ = [
     "layout",
     "linear_cross_entropy",
     "masks",
+    "max_logits",
     "ring_attention",
 ]

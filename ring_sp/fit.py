@@ -70,6 +70,24 @@ def fitting_kernel(
     return cast(Kernel, kernel)
 
 
+def agree_on_scores(
+    q: Tensor, k: Tensor, sequence: ShardedSequence, keys: ShardedSequence, options: Options
+) -> None:
+    """Raise for queries and keys that do not fit, as `fitting_kernel` does for a call."""
+    _check_kinds(sequence, keys)
+    asked = f"largest scores, scale={options.scale}, softcap={options.softcap}"
+    asked += f", over {sequence.place}, keys of {keys.place}"
+    call = _seen(q), _seen(k), keys.topology, asked
+    terms = sequence.served.get(call)
+    if terms is None or not agreed(sequence.topology, terms):
+        error = refusal(lambda: fitting_call(q, k, None, sequence, keys, None, options, False))
+        terms = f"q {_shared(q)}, k {_shared(k)}, {asked}"
+        agree(sequence.topology, asked, terms, error, "cpu" if error else q.device.type)
+        if len(sequence.served) >= KEPT_CALLS:
+            sequence.served.clear()
+        sequence.served[call] = terms
+
+
 def kernel_for(
     q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool
 ) -> Kernel:
@@ -94,7 +112,7 @@ def _shared(x: object) -> str:
 def fitting_call(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     sequence: ShardedSequence,
     keys: ShardedSequence,
     sinks: Tensor | None,
@@ -102,12 +120,12 @@ def fitting_call(
     trained: bool,
 ) -> Call:
     """What a kernel must know of a call that is right as far as this rank can see; raises
-    ValueError or NotImplementedError if it is not.
+    ValueError or NotImplementedError if it is not. Without `v` only scores are asked for.
     """
     _check_kinds(sequence, keys)
     _check_options(options)
     _check_sequences(sequence, keys)
-    _check_tensors({"q": q, "k": k, "v": v})
+    _check_tensors({"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v})
     _check_lengths(q, k, sequence, keys)
     _check_exchange(q, sequence, options)
     heads = q.shape[2]
@@ -121,7 +139,8 @@ def fitting_call(
         )
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
     lse_gradient = trained and (options.return_lse or sinks is not None)
-    return _call(q, v.shape[3], sequence.plan(keys), options, lse_gradient)
+    v_head_dim = (k if v is None else v).shape[3]
+    return _call(q, v_head_dim, sequence.plan(keys), options, lse_gradient)
 
 
 def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool) -> Call:
@@ -208,15 +227,16 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
                 f"{name} must be [batch, tokens, heads, head dim], none of them 0; got "
                 f"{tuple(x.shape) if isinstance(x, Tensor) else type(x)}"
             )
-    q, k, v = tensors.values()
+    q, k, *values = tensors.values()
+    v, names = (values[0], "q, k and v") if values else (k, "q and k")
     heads, kv_heads = q.shape[2], k.shape[2]
     needs = (
         (
             q.dtype.is_floating_point and q.dtype == k.dtype == v.dtype,
-            "q, k and v must share one floating-point dtype",
+            f"{names} must share one floating-point dtype",
         ),
-        (q.device == k.device == v.device, "q, k and v must be on one device"),
-        (q.shape[0] == k.shape[0] == v.shape[0], "q, k and v must have one batch size"),
+        (q.device == k.device == v.device, f"{names} must be on one device"),
+        (q.shape[0] == k.shape[0] == v.shape[0], f"{names} must have one batch size"),
         (k.shape[1:3] == v.shape[1:3], "k and v must have the same tokens and heads"),
         (q.shape[3] == k.shape[3], "q and k must have one head dimension"),
         (

@@ -39,7 +39,7 @@ def operate(
     trained = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, sinks)
     )
-    if not _typed(q, k, v, sequence, keys, sinks, options):
+    if not typed(q, k, v, sequence, keys, sinks, options):
         # What torch's operators would not even take; nothing comes back from here.
         fitting_kernel(q, k, v, sequence, keys, sinks, options, trained)
     out, lse, *_ = torch.ops.ring_sp.attention(
@@ -56,7 +56,7 @@ def operate(
     return out, lse
 
 
-def _typed(
+def typed(
     q: object,
     k: object,
     v: object,
@@ -65,6 +65,7 @@ def _typed(
     sinks: object,
     options: Options,
 ) -> bool:
+    """Whether the arguments have the types of torch's operators."""
     return (
         all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v))
         and all(isinstance(x, ShardedSequence) for x in (sequence, keys))
@@ -105,13 +106,13 @@ def attention(
     if copies > 1:
         k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
     q, k, v = to_heads(q, ulysses, lens), *(to_heads(x, ulysses, keys.peer_lens) for x in (k, v))
-    q, wire = _dense(q), Wire.of(k, v)
+    q, wire = dense(q), Wire.of(k, v)
     kv = wire.join(k, v)
     setting = _setting(sequence, keys, chosen, Options(*options), q)
     out, lse = attend(q, kv, wire, setting)
     if peers == 1:
         return out, lse, kv, *(q.new_empty(0) for _ in range(3))
-    whole = to_sequence(_rows_first(lse), ulysses, lens)
+    whole = to_sequence(rows_first(lse), ulysses, lens)
     return to_sequence(out, ulysses, lens), _heads_first(whole), kv, q, out, lse
 
 
@@ -166,10 +167,10 @@ def attention_backward(
     if dout is not None:
         dout = to_heads(dout, ulysses, lens)
     if dlse is not None:
-        dlse = _heads_first(to_heads(_rows_first(dlse), ulysses, lens))
-    dout = torch.zeros_like(out) if dout is None else _dense(dout)
+        dlse = _heads_first(to_heads(rows_first(dlse), ulysses, lens))
+    dout = torch.zeros_like(out) if dout is None else dense(dout)
     plan = sequence.plan(keys)
-    q = _dense(q)
+    q = dense(q)
     copies = kv_replication(q.shape[2] * peers, kv_heads, peers)
     wire = Wire(q.shape[0], kv_heads * copies // peers, q.shape[3], out.shape[3])
     chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient)
@@ -256,12 +257,12 @@ def _setting(
     return Setting(plan, kernel, scale, options.softcap, travels, drops)
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """`x`, dense in its last dimension, as kernels want it."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _rows_first(lse: Tensor) -> Tensor:
+def rows_first(lse: Tensor) -> Tensor:
     """[B, H, S] -> [B, S, H, 1]."""
     return lse.transpose(1, 2).unsqueeze(3)
 

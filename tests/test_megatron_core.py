@@ -1,7 +1,5 @@
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -78,37 +76,3 @@ def test_a_core_by_itself_attends_as_megatron_asks(
 ) -> None:
     for distances in world(2).run(attended, kind, mask_type):
         assert max(distances) < 1e-12, distances
-
-
-def dropped(p: float) -> list[bool]:
-    """What is true of a core's dropout in training, on one rank."""
-    given = case(config={"attention_dropout": p})
-    start(given)
-    ring = MegatronRing.from_options(given.options, parallel_state.get_context_parallel_group())
-    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-    core = RingCoreAttention(
-        config(given), 1, AttnMaskType.causal, "self", pg_collection=groups, ring=ring
-    )
-    make = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(16, 1, 4, 8, generator=make, dtype=torch.float64) for _ in range(3))
-
-    def out(seed: int | None) -> torch.Tensor:
-        if seed is not None:
-            torch.manual_seed(seed)
-        found: torch.Tensor = core(q, k, v, None)
-        return found
-
-    first, following, again = out(5), out(None), out(5)
-    with mock.patch.object(core, "tp_group", SimpleNamespace(rank=lambda: 1)):
-        other_heads = out(5)
-    core.eval()
-    plain = out(None)
-    alike = [torch.equal(first, x) for x in (again, following, other_heads, plain)]
-    return [*alike, torch.equal(plain, out(None))]
-
-
-def test_dropout_is_drawn_anew_for_each_call_and_tensor_rank_and_only_in_training(
-    world: Callable[[int], World],
-) -> None:
-    assert world(1).run(dropped, 0.3) == [[True, False, False, False, True]]
-    assert world(1).run(dropped, 0.0) == [[True] * 5]

@@ -139,8 +139,13 @@ def summed(counted: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     return total, count.int(), {"loss": torch.stack([total.detach(), count])}
 
 
-def train(chunks: list[DistributedDataParallel], optimizer: Any, ring: MegatronRing) -> list[float]:
-    """Loss and norm of the gradient, step for step."""
+def train(
+    chunks: list[DistributedDataParallel],
+    optimizer: Any,
+    ring: MegatronRing,
+    after: Callable[[list[DistributedDataParallel]], list[float]] = lambda _: [],
+) -> list[float]:
+    """Loss, norm of the gradient, and what `after` says, step for step."""
     told: list[float] = []
     for step in range(STEPS):
         for model in chunks:
@@ -159,7 +164,7 @@ def train(chunks: list[DistributedDataParallel], optimizer: Any, ring: MegatronR
             _, norm, _ = optimizer.step()
         total = sum((part["loss"] for part in said), torch.zeros(2))
         dist.all_reduce(total)
-        told += [(total[0] / total[1]).item(), norm]
+        told += [(total[0] / total[1]).item(), norm, *after(chunks)]
     return told
 
 

@@ -227,6 +227,24 @@ def test_the_hopper_backward_serves_what_its_copies_can_reach() -> None:
     assert not (serves(rows=150) or serves(dim=96) or serves(offset=1) or serves(cap=3.0))
 
 
+@law
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_finds_the_largest_scores(dtype: torch.dtype, small_blocks: bool) -> None:
+    """Keys in pieces, with NaN in all slots that nobody may read."""
+    from ring_sp.kernels import row_max
+
+    for problem in list(problems(dtype, DEVICE))[int(small_blocks) : 11 : 2]:
+        q, k, *_ = problem.tensors()
+        rows, cols = (~problem.visible().any(axis)[:, None, None] for axis in (1, 0))
+        found = torch.full((2, q.shape[2], q.shape[1]), -torch.inf, device=DEVICE)
+        true = found.double()
+        for at, step in replace(problem, softcap=None).steps():
+            pieces = q.masked_fill(rows, torch.nan), k.masked_fill(cols, torch.nan)[:, at]
+            row_max.fold(*pieces, step, found)
+            row_max.fold(q.double(), k[:, at].double(), step, true)
+        assert relative(found.double(), true) < 1e-6
+
+
 def part(rows: int, seed: int) -> State:
     """An (out, lse), some of whose rows have seen nothing."""
     make = torch.Generator().manual_seed(seed)

@@ -14,13 +14,11 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ring_sp import ShardedSequence, ring_attention
+from ring_sp import ShardedSequence, max_logits, ring_attention
+from ring_sp.integrations.megatron.dropout import next_seed
 from ring_sp.integrations.megatron.layer_mask import rule, window_of, within
 from ring_sp.integrations.megatron.refusals import refuse_config
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
-
-TENSOR_STRIDE = 0x1E3779B97F4A7C15
-"""Between the seeds of tensor ranks, whose heads are others."""
 
 
 class RingCoreAttention(MegatronModule):
@@ -77,6 +75,11 @@ class RingCoreAttention(MegatronModule):
                 "the batch; use --ring-layout zigzag, striped or contiguous with window_size"
             )
         self.tp_group = pg_collection.tp
+        self._watches: bool = config.qk_clip or config.log_max_attention_logit
+        self.current_max_attn_logits: Tensor | None = None
+        """The largest score of each head since Megatron last took it, float32 [heads / tp]: of this
+        rank's queries in training; None before. Megatron asks all ranks for the largest.
+        """
         self._make_sinks(config)
 
     def _make_sinks(self, config: TransformerConfig) -> None:
@@ -126,6 +129,8 @@ class RingCoreAttention(MegatronModule):
         sequence, keys = self._sequences(query, key, mask_type, packed_seq_params)
         packed = query.dim() == 3
         q, k, v = (x[None] if packed else x.transpose(0, 1) for x in (query, key, value))
+        if self._watches and self.training:
+            self._watch(q, k, sequence, keys)
         out = ring_attention(
             *(q, k, v, sequence, keys),
             scale=self.softmax_scale,
@@ -139,17 +144,21 @@ class RingCoreAttention(MegatronModule):
         # Multi-latent attention puts the batch dimension back in Megatron's own format only.
         return out[0].flatten(1) if thd else out[0, :, None].flatten(2)
 
-    def _dropout(self) -> dict[str, Any]:
-        """The probability, and a seed that is another for each layer, step and tensor rank.
+    def _watch(
+        self, q: Tensor, k: Tensor, sequence: ShardedSequence, keys: ShardedSequence | None
+    ) -> None:
+        # A recomputation, which runs inside a backward, would find the same again.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        found = max_logits(q, k, sequence, keys, self.softmax_scale).float()
+        held = self.current_max_attn_logits
+        self.current_max_attn_logits = found if held is None else torch.maximum(held, found)
 
-        It is drawn on the CPU, where Megatron's ranks of one ring draw alike, and recomputation
-        draws what the forward drew.
-        """
+    def _dropout(self) -> dict[str, Any]:
+        """The probability, and a seed that is another for each layer, step and tensor rank."""
         if not self.training or not self.dropout_p:
             return {}
-        drawn = int(torch.randint(1 << 62, (), device="cpu").item())
-        seed = (drawn + self.tp_group.rank() * TENSOR_STRIDE) % (1 << 63)
-        return {"dropout_p": self.dropout_p, "dropout_seed": seed}
+        return {"dropout_p": self.dropout_p, "dropout_seed": next_seed(self.tp_group.rank())}
 
     def _sequences(
         self, query: Tensor, key: Tensor, mask_type: AttnMaskType, params: PackedSeqParams | None

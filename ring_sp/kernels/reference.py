@@ -30,14 +30,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
     """See `contract.Kernel`."""
     out, lse = state or empty_state(q, v.shape[3])
     out = out.to(accumulation_dtype(q.dtype))
-    for tile in _blocks(step.tiles):
+    for tile in row_blocks(step.tiles):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         queries, keys, values = (
-            _group(q[:, at_q], k.shape[2]),
-            _group(k[:, at_k]),
-            _group(v[:, at_k]),
+            grouped(q[:, at_q], k.shape[2]),
+            grouped(k[:, at_k]),
+            grouped(v[:, at_k]),
         )
-        scores = _scores(queries, keys, tile, step)
+        scores = scored(queries, keys, tile, step)
         part_lse = scores.logsumexp(-1)
         part = (scores - part_lse.unsqueeze(-1)).exp() * _kept(scores, tile, step)
         part = part @ values.unsqueeze(2)
@@ -60,15 +60,15 @@ def backward(
     dtype = accumulation_dtype(q.dtype)
     dq = torch.zeros_like(q, dtype=dtype) if dq is None else dq
     sums = torch.zeros_like(dk, dtype=dtype), torch.zeros_like(dv, dtype=dtype)
-    for tile in _blocks(step.tiles):
+    for tile in row_blocks(step.tiles):
         at_q, at_k = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         queries, keys, values = (
-            _group(q[:, at_q], k.shape[2]),
-            _group(k[:, at_k]),
-            _group(v[:, at_k]),
+            grouped(q[:, at_q], k.shape[2]),
+            grouped(k[:, at_k]),
+            grouped(v[:, at_k]),
         )
-        grads = _group(rows.dout[:, at_q], k.shape[2])
-        scores = _scores(queries, keys, tile, step)
+        grads = grouped(rows.dout[:, at_q], k.shape[2])
+        scores = scored(queries, keys, tile, step)
         weights = (scores - _rows(lse, at_q, grads)).exp()
         kept = _kept(scores, tile, step)
         dweights = grads @ values.unsqueeze(2).mT * kept
@@ -84,7 +84,7 @@ def backward(
     return dq.to(q.dtype) if step.final else dq
 
 
-def _scores(queries: Tensor, keys: Tensor, tile: Tile, step: Step) -> Tensor:
+def scored(queries: Tensor, keys: Tensor, tile: Tile, step: Step) -> Tensor:
     """[B, Hkv, G, rows, cols], -inf where the tile's band hides a pair."""
     scores = queries @ keys.unsqueeze(2).mT * step.scale
     if step.softcap is not None:
@@ -106,7 +106,7 @@ def _kept(scores: Tensor, tile: Tile, step: Step) -> Tensor | float:
     return kept.unflatten(1, (kv_heads, group))
 
 
-def _blocks(tiles: tuple[Tile, ...]) -> Iterator[Tile]:
+def row_blocks(tiles: tuple[Tile, ...]) -> Iterator[Tile]:
     """The tiles cut into blocks of rows, each with the columns that its rows see."""
     for tile in tiles:
         for start in range(0, tile.q_stop - tile.q_start, BLOCK_ROWS):
@@ -123,7 +123,7 @@ def _blocks(tiles: tuple[Tile, ...]) -> Iterator[Tile]:
             )
 
 
-def _group(x: Tensor, kv_heads: int | None = None) -> Tensor:
+def grouped(x: Tensor, kv_heads: int | None = None) -> Tensor:
     """[B, S, H, D] -> [B, Hkv, G, S, D], or without `kv_heads` -> [B, H, S, D]; in the
     accumulation dtype.
     """
