@@ -26,7 +26,8 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         found = [row["results"].get(name, {}).get("share_of_ideal", 0) for row in rows]
         places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(rows))]
         bars = axes.bar(places, found, width * 0.92, label=name)
-        axes.bar_label(bars, [f"{share:.2f}" if share else "" for share in found], fontsize=7)
+        shares = [f"{share:.2f}" if share else "" for share in found]
+        axes.bar_label(bars, shares, padding=-10, fontsize=7, color="white")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
     axes.set_ylim(0, 1.1)
