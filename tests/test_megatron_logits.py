@@ -13,11 +13,12 @@ from conftest import World
 pytest.importorskip("megatron")
 from megatron.core import parallel_state
 from megatron.core.optimizer.qk_clip import clip_qk
+from megatron_gpt import MLA, SEQ_LEN, batch, built, case, start
 from megatron_on_cpu import OnCpu
 from test_megatron_training import FULL, MICRO, SELECTIVE, STEPS, Options, build, train
 from torch import Tensor
 
-from ring_sp.integrations.megatron import RingCoreAttention, core_attention
+from ring_sp.integrations.megatron import RingCoreAttention, core_attention, install
 
 LAYERS = 4
 CLIP = {"qk_clip": True, "qk_clip_threshold": 2.0, "window_size": (9, 0)}
@@ -121,3 +122,28 @@ def test_clips_and_logs_as_one_rank_does(
     if "qk_clip" in config:
         ((unclipped, _),) = world(1).run(run, {"config": {**config, "qk_clip_threshold": 1e3}})
         assert wanted[-LAYERS:] != pytest.approx(unclipped[-LAYERS:], rel=1e-3)
+
+
+def latent(ring: int) -> list[float]:
+    """The largest scores of multi-latent attention, and what is left of the weights they clip."""
+    given = case(ring=ring, config={**MLA, "qk_clip": True, "qk_clip_threshold": 0.1})
+    start(given)
+    made = install(given.options)
+    try:
+        model = built(given)
+    finally:
+        made.remove()
+    sequence = made.built_ring().sequence(SEQ_LEN)
+    tokens = sequence.shard(batch(given, 0)[0])
+    with OnCpu():
+        model(tokens, sequence.positions().expand_as(tokens), None)
+    largest = clip_qk([SimpleNamespace(module=SimpleNamespace(module=model))])
+    weights = [weight.detach().square().sum().item() for weight in model.parameters()]
+    return [largest, *weights]
+
+
+def test_clips_multi_latent_attention(world: Callable[[int], World]) -> None:
+    (wanted,) = world(1).run(latent, 1)
+    assert wanted[0] > 0.2
+    for told in world(2).run(latent, 2):
+        assert told == pytest.approx(wanted, rel=1e-6)
