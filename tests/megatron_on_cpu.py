@@ -1,11 +1,15 @@
 """Megatron on machines without a GPU, for the tests alone."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -14,6 +18,35 @@ class Stream:
 
     def wait_stream(self, other: object) -> None:
         """What was to be waited for is done."""
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        return event or Event()
+
+    def wait_event(self, event: "Event") -> None:
+        """What was to be waited for is done."""
+
+
+class Event:
+    """What happened on such a stream."""
+
+    def __init__(self, **_: bool) -> None:
+        """It has happened."""
+
+    def record(self, stream: Stream | None = None) -> None:
+        """It has happened."""
+
+    def wait(self, stream: Stream | None = None) -> None:
+        """It has happened."""
+
+    synchronize = wait
+
+
+class Mesh:
+    """Takes the place of a DeviceMesh of GPUs."""
+
+    @staticmethod
+    def from_group(groups: list[dist.ProcessGroup], device_type: str, **given: Any) -> Any:
+        return dist.DeviceMesh.from_group(groups, device_type.replace("cuda", "cpu"), **given)
 
 
 class OnCpu(TorchFunctionMode):
@@ -24,6 +57,8 @@ class OnCpu(TorchFunctionMode):
     ) -> Any:
         if function is torch.Tensor.cuda:
             return args[0]
+        if function is torch.Tensor.type and len(args) == 1 and isinstance(args[0], DTensor):
+            return args[0].to_local().type().replace("torch.", "torch.cuda.")
         given = dict(kwargs or {})
         given.pop("pin_memory", None)
         if str(given.get("device", "")).startswith("cuda"):
@@ -46,3 +81,15 @@ def pretend_there_is_a_gpu() -> None:
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+
+
+def pretend_gpus_for_fsdp() -> None:
+    """Megatron-FSDP makes meshes of GPUs, and works on streams of its own."""
+    torch.cuda.Stream, torch.cuda.Event = Stream, Event  # type: ignore[assignment, misc]
+    torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = lambda: 0
+    mcore_fsdp_adapter.DeviceMesh = Mesh
+    # Megatron's own wants einops; without pipeline and expert ranks it is this.
+    mcore_fsdp_adapter._get_dp_tp_mesh = lambda data, tensor, **_: torch.arange(
+        dist.get_world_size()
+    ).view(data.size(), tensor.size())

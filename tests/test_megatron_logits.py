@@ -13,11 +13,13 @@ from conftest import World
 pytest.importorskip("megatron")
 from megatron.core import parallel_state
 from megatron.core.optimizer.qk_clip import clip_qk
+from megatron_gpt import MLA, batch, built, case, start
+from megatron_gpt import SEQ_LEN as GPT_LEN
 from megatron_on_cpu import OnCpu
-from test_megatron_training import FULL, MICRO, SELECTIVE, STEPS, Options, build, train
+from test_megatron_training import FULL, MICRO, SELECTIVE, SEQ_LEN, STEPS, Options, build, train
 from torch import Tensor
 
-from ring_sp.integrations.megatron import RingCoreAttention, core_attention
+from ring_sp.integrations.megatron import RingCoreAttention, core_attention, install
 
 LAYERS = 4
 CLIP = {"qk_clip": True, "qk_clip_threshold": 2.0, "window_size": (9, 0)}
@@ -77,7 +79,9 @@ def brute(core: Any, given: tuple[Tensor, ...], _: object) -> None:
 
 
 def alone() -> list[bool]:
-    """Whether a step's largest scores are those of all its micro-batches, on one rank."""
+    """Whether a step's largest scores are those of all its micro-batches, on one rank, and those of
+    an evaluation are left out.
+    """
     with OnCpu():
         chunks, optimizer, ring = build({"config": CLIP})
     cores: list[Any] = [x for x in chunks[0].modules() if isinstance(x, RingCoreAttention)]
@@ -95,11 +99,13 @@ def alone() -> list[bool]:
         return clipped(chunks)
 
     train(chunks, optimizer, ring, look)
-    return answers
+    q, kv = torch.ones(SEQ_LEN, 1, 4, 8), torch.ones(SEQ_LEN, 1, 2, 8)
+    cores[0].eval()(q, kv, kv, None)
+    return [*answers, cores[0].current_max_attn_logits is None]
 
 
 def test_the_largest_scores_are_those_of_the_whole_step(world: Callable[[int], World]) -> None:
-    assert world(1).run(alone) == [[True] * LAYERS * STEPS]
+    assert world(1).run(alone) == [[True] * (LAYERS * STEPS + 1)]
 
 
 @pytest.mark.parametrize("config", [CLIP, {"log_max_attention_logit": True}], ids=str)
@@ -121,3 +127,28 @@ def test_clips_and_logs_as_one_rank_does(
     if "qk_clip" in config:
         ((unclipped, _),) = world(1).run(run, {"config": {**config, "qk_clip_threshold": 1e3}})
         assert wanted[-LAYERS:] != pytest.approx(unclipped[-LAYERS:], rel=1e-3)
+
+
+def latent(ring: int) -> list[float]:
+    """The largest scores of multi-latent attention, and what is left of the weights they clip."""
+    given = case(ring=ring, config={**MLA, "qk_clip": True, "qk_clip_threshold": 0.1})
+    start(given)
+    made = install(given.options)
+    try:
+        model = built(given)
+    finally:
+        made.remove()
+    sequence = made.built_ring().sequence(GPT_LEN)
+    tokens = sequence.shard(batch(given, 0)[0])
+    with OnCpu():
+        model(tokens, sequence.positions().expand_as(tokens), None)
+    largest = clip_qk([SimpleNamespace(module=SimpleNamespace(module=model))])
+    weights = [weight.detach().square().sum().item() for weight in model.parameters()]
+    return [largest, *weights]
+
+
+def test_clips_multi_latent_attention(world: Callable[[int], World]) -> None:
+    (wanted,) = world(1).run(latent, 1)
+    assert wanted[0] > 0.2
+    for told in world(2).run(latent, 2):
+        assert told == pytest.approx(wanted, rel=1e-6)

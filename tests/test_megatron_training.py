@@ -59,9 +59,8 @@ def build(options: Options) -> tuple[list[DistributedDataParallel], Any, Megatro
         use_cpu_initialization=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        **options.get("config", {}),
+        **{"calculate_per_token_loss": True, **options.get("config", {})},
     )
     made = install(RingOptions(ring, options.get("layout", "zigzag")))
     try:
