@@ -49,8 +49,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Stat
 @cache
 def _unsplit() -> dict[str, int]:
     """Keys in one piece, where torch lets one say so. By itself it splits them in calls too small
-    to fill a GPU, and then out was wrong by 0.5 in 2 of some 400 runs of a test on an H200 (torch
-    2.11, other processes on the same GPU); others saw it too (pytorch/torchtitan#3235).
+    to fill a GPU, as tests make; of some hundreds of those on an H200 (torch 2.11, a dozen other
+    processes on the GPU) two were wrong by 0.5, as others saw (pytorch/torchtitan#3235).
     """
     known = torch.ops.aten._flash_attention_forward.default._schema.arguments
     return {"num_splits": 1} if any(x.name == "num_splits" for x in known) else {}
