@@ -45,6 +45,8 @@ class Run:
     clip: bool = False
     ulysses: int = 1
     checkpointing: bool = False
+    hosted_checkpointing: bool = False
+    """Whether DeepSpeed checkpoints the layers, and not torch."""
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     init: bool = False
@@ -61,6 +63,7 @@ class Run:
         )
         parts += [f"ulysses{self.ulysses}"] * (self.ulysses > 1)
         parts += ["checkpointing"] * self.checkpointing
+        parts += ["hosted_checkpointing"] * self.hosted_checkpointing
         parts += [f"{key}={value}" for key, value in {**self.zero, **self.config}.items()]
         return "-".join(parts)
 
@@ -197,6 +200,12 @@ def model_of(run: Run) -> PreTrainedModel:
                 weight.data.copy_(whole[name])
     if run.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if run.hosted_checkpointing:
+        # With checkpoint_in_cpu DeepSpeed 0.19.8 empties the inputs themselves where there is no
+        # other device to copy them from.
+        deepspeed.checkpointing.configure(None)
+        model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
+        assert model.is_gradient_checkpointing
     return model
 
 

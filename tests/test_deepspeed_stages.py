@@ -34,6 +34,8 @@ def trains_as_one_process(world: World, run: Run) -> None:
         Run("Llama", 3, zero={"zero_hpz_partition_size": 2}),
         Run("Gemma2", 1, ring=4, checkpointing=True),
         Run("Mistral", 3, checkpointing=True, accumulation=2),
+        Run("Llama", 2, hosted_checkpointing=True, accumulation=2),
+        Run("Gemma2", 3, ring=4, hosted_checkpointing=True),
         Run("Qwen3", 2, ring=4, ulysses=2),
         Run("Qwen3", 3, ring=2, ulysses=2),
         Run("Llama", 1, config={"prescale_gradients": True}),
