@@ -14,7 +14,7 @@ from ring_sp.kernels import KERNELS, choose
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.passes import QueryWire, Setting, Wire, queries_travel, sums_dtype
 from ring_sp.plan import Plan
-from ring_sp.ring import DATA, SUMS, Axis, Path
+from ring_sp.ring import DATA, SUMS, Path, paths
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import SEQUENCE, Topology
 from ring_sp.ulysses import kv_replication
@@ -233,12 +233,12 @@ class _Messages:
 def _loads(sequence: ShardedSequence, keys: ShardedSequence, messages: _Messages) -> Iterator[Load]:
     plan, topology = sequence.plan(keys), sequence.topology
     back = plan.turned if messages.turned else plan
-    for station in range(topology.ring_size):
+    sizes = tuple(axis.size for axis in topology.rings)
+    ways = zip(paths(sizes, plan.needs), paths(sizes, back.needs), strict=True)
+    for station, (path, path_back) in enumerate(ways):
         tiles = [tile for source in range(plan.stations) for tile in plan.meet(station, source)]
-        outer, ring = divmod(station, topology.ring.size)
-        there = Topology(Axis(outer, topology.outer.size), Axis(ring, topology.ring.size))
-        sent = messages.ringed(Path(there.rings, plan.needs), plan, False)[DATA]
-        sent_back = messages.ringed(Path(there.rings, back.needs), plan, messages.turned)
+        sent = messages.ringed(path, plan, False)[DATA]
+        sent_back = messages.ringed(path_back, plan, messages.turned)
         peers = topology.ulysses.size
         at = slice(station * peers, (station + 1) * peers)
         for own, kv_own in zip(sequence.lens[at], keys.lens[at], strict=True):

@@ -7,6 +7,7 @@ Forward, backward, double ring and early stop are the same `ring_pass` (arXiv:23
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from math import prod
 
 import torch
@@ -178,6 +179,19 @@ class Path:
             return any(wanted(base + peer, start) for peer in peers)
 
         return [[hop for hop in range(size) if stops(source, hop)] for source in range(size)]
+
+
+def paths(sizes: tuple[int, ...], needs: Needs) -> Iterator[Path]:
+    """The path of each rank of nested rings, in order; what several know alike is worked out
+    once.
+    """
+    first: dict[int, Path] = {}
+    for place in product(*map(range, sizes)):
+        path = Path(tuple(map(Axis, place, sizes)), needs)
+        known = first.setdefault(path.place, path)
+        if sizes:
+            path.last, path.sums = known.last, known.sums
+        yield path
 
 
 def visiting_order(rings: tuple[Axis, ...]) -> list[int]:
