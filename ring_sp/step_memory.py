@@ -1,0 +1,115 @@
+"""Bytes of a training step on one GPU, by part.
+
+Counted from what autograd keeps of a layer of bf16 products, RMSNorm and SwiGLU in Megatron-core
+and in `ring_sp`, checked against a measured peak in tests/test_planner.py.
+"""
+
+from ring_sp.explanation import Explanation, Load
+from ring_sp.job import Choice, Job
+from ring_sp.model_shape import ModelShape
+
+WEIGHT, GRADIENT, STATES = 2, 4, 12
+"""Bytes of a weight in bf16, of its gradient in float32, of Adam's master weight and moments."""
+RESERVE = 0.04
+"""Share of a GPU's memory that is not ours: CUDA's and NCCL's, and gaps in the allocator."""
+STATE_PARTS = ("weights", "gradients", "optimizer", "activations kept")
+WORK_PARTS = ("attention work", "feed-forward work", "logits", "ring buffers")
+
+
+def memory(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
+    """Bytes by part; `peak` says which of them are there at once."""
+    model, tokens = job.model, max(load.tokens for load in told.loads)
+    own, shared = model.weights / choice.tensor, choice.sharing
+    whole = choice.shard == "optimizer"
+    # FSDP gathers a layer, and the one after it meanwhile.
+    gathered = 0 if whole else 2 * WEIGHT * model.layer_weights / choice.tensor
+    parts = (
+        WEIGHT * own if whole else WEIGHT * own / shared + gathered,
+        GRADIENT * own / (1 if whole else shared),
+        STATES * own / shared,
+        _kept(model, choice) * tokens / choice.tensor,
+        attention_work(model, choice) * tokens / choice.tensor,
+        _ff_work(model, choice, tokens) / choice.tensor,
+        _logits(model, choice, tokens),
+        _buffers(told.loads[0], choice),
+    )
+    return dict(zip(STATE_PARTS + WORK_PARTS, parts, strict=True))
+
+
+def peak(parts: dict[str, float]) -> float:
+    """Most bytes at once: the loss, a layer's attention and its feed-forward follow each other."""
+    steady = sum(parts[name] for name in STATE_PARTS)
+    attention = parts["attention work"] + parts["ring buffers"]
+    return steady + max(attention, parts["feed-forward work"], parts["logits"])
+
+
+def layer_kept(model: ModelShape, ff_chunk: int | None = None) -> int:
+    """Bytes a token that a layer keeps where nothing is checkpointed but, with `ff_chunk`, its
+    feed-forward.
+
+    Inputs and outputs of both norms; q, k, v and out, lse; what the feed-forward's activation gets
+    and gives.
+    """
+    attention = 2 * (2 * model.heads + 2 * model.kv_heads) * model.head_dim + 4 * model.heads
+    norms = 8 * model.hidden
+    if ff_chunk is not None:
+        return attention + norms - 2 * model.hidden
+    return attention + norms + (6 if model.gated else 4) * model.ffn
+
+
+def _kept(model: ModelShape, choice: Choice) -> int:
+    """Bytes a token of all layers, and of the last norm."""
+    result = 2 * model.heads * model.head_dim + 4 * model.heads
+    layer = {
+        "none": layer_kept(model, choice.ff_chunk),
+        "selective": 2 * model.hidden + result,
+        "full": 2 * model.hidden,
+    }[choice.checkpoint]
+    return model.layers * layer + 4 * model.hidden
+
+
+def attention_work(model: ModelShape, choice: Choice) -> int:
+    """Bytes a token in a layer's attention backward: dout, dq and its float32 sum, dk and dv and
+    theirs, the gradient of the residual stream; and what recomputation made of the layer.
+    """
+    queries, keys = model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+    again = 0 if choice.checkpoint == "none" else layer_kept(model, choice.ff_chunk)
+    return 8 * queries + 6 * keys + 2 * model.hidden + again
+
+
+def _ff_work(model: ModelShape, choice: Choice, tokens: int) -> float:
+    """Bytes in a layer's feed-forward backward: gradients of its input and output for all tokens;
+    those of its activation, and what is recomputed, for a chunk.
+    """
+    inside = (6 if model.gated else 4) * model.ffn
+    gradients = (6 if model.gated else 4) * model.ffn
+    everywhere = 4 * model.hidden
+    if choice.checkpoint != "none":
+        everywhere += layer_kept(model, choice.ff_chunk)
+    if choice.ff_chunk is None:
+        return (everywhere + gradients) * tokens
+    # torch.cat of the chunks' results holds them twice.
+    chunk = min(choice.ff_chunk, tokens)
+    return (everywhere + 2 * model.hidden) * tokens + (inside + gradients + 4 * model.hidden) * chunk
+
+
+def _logits(model: ModelShape, choice: Choice, tokens: int) -> float:
+    """Bytes of logits in float32 and once more in bf16, as gradient or result of the product; by
+    chunks, `linear_cross_entropy` also sums the gradient of the output's weights in float32 and
+    keeps that of its input.
+    """
+    words = model.vocab / choice.tensor
+    if choice.loss_chunk is None:
+        return 6 * words * tokens
+    chunk = min(choice.loss_chunk, tokens)
+    return 6 * words * chunk + GRADIENT * words * model.hidden + 2 * model.hidden * tokens
+
+
+def _buffers(load: Load, choice: Choice) -> float:
+    """Bytes of messages in a backward: what is visited and what arrives, of sums what arrived, what
+    goes on and what is added; for each of nested rings.
+    """
+    if choice.stations == 1:
+        return 0
+    hops, rings = max(load.backward_hops, 1), 2 if min(choice.outer, choice.ring) > 1 else 1
+    return rings * (2 * load.backward_data + 3 * load.backward_sums) / hops
