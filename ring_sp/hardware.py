@@ -132,7 +132,9 @@ def find(name: str) -> Hardware:
         return machines[name]
     path = Path(name)
     if path.suffix != ".json" or not path.is_file():
-        raise ValueError(f"hardware must be one of {', '.join(machines)}, or a .json file; got {name}")
+        raise ValueError(
+            f"hardware must be one of {', '.join(machines)}, or a .json file; got {name}"
+        )
     facts = read_json(path, Hardware)
     return Hardware(**facts | {"measured": tuple(facts.get("measured", ()))})
 

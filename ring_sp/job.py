@@ -115,7 +115,8 @@ def explained(job: Job, choice: Choice) -> Explanation:
 
 @cache
 def _sequence(seq_len: int, sizes: tuple[int, ...], layout: str) -> ShardedSequence:
-    return ShardedSequence(seq_len, Topology(*(Axis(0, size) for size in sizes)), layout=layout)
+    outer, ring, ulysses = (Axis(0, size) for size in sizes)
+    return ShardedSequence(seq_len, Topology(outer, ring, ulysses), layout=layout)
 
 
 @cache

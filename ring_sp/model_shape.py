@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ring_sp.hardware import read_json
 
@@ -72,7 +73,7 @@ def known() -> dict[str, ModelShape]:
     sizes only: layers make 12 layers hidden^2 the weights of the name; head dim 128, LLaMA's 32,000
     words.
     """
-    llamas = {
+    llamas: dict[str, tuple[Any, ...]] = {
         "llama-1b": (16, 2048, 32, 8, 64, 8192, 128256, True, True),
         "llama-3b": (28, 3072, 24, 8, 128, 8192, 128256, True, True),
         "llama-8b": (32, 4096, 32, 8, 128, 14336, 128256),

@@ -90,7 +90,9 @@ def _ff_work(model: ModelShape, choice: Choice, tokens: int) -> float:
         return (everywhere + gradients) * tokens
     # torch.cat of the chunks' results holds them twice.
     chunk = min(choice.ff_chunk, tokens)
-    return (everywhere + 2 * model.hidden) * tokens + (inside + gradients + 4 * model.hidden) * chunk
+    return (everywhere + 2 * model.hidden) * tokens + (
+        inside + gradients + 4 * model.hidden
+    ) * chunk
 
 
 def _logits(model: ModelShape, choice: Choice, tokens: int) -> float:

@@ -92,9 +92,7 @@ def passes(job: Job, choice: Choice, told: Explanation) -> tuple[Pass, Pass]:
     return found[0], found[1]
 
 
-def _links(
-    job: Job, choice: Choice, num_bytes: float, visit: float, hops: int
-) -> tuple[Link, ...]:
+def _links(job: Job, choice: Choice, num_bytes: float, visit: float, hops: int) -> tuple[Link, ...]:
     """The hops of the inner ring, each under a visit, and of the outer, each under a whole inner
     ring.
     """

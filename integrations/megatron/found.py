@@ -2,23 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from importlib import metadata, util
 from pathlib import Path
 
 import torch
 
-from ring_sp.kernels import KERNELS
-from ring_sp.kernels.contract import Call
+from ring_sp.installed import APEX_EXTENSIONS, apex, device, folder, kernels, version
 
 FIRST_TESTED, LAST_TESTED = (0, 16, 1), (0, 19)
 """Versions of Megatron-core that the tests run with; of the last, any patch level."""
-APEX_EXTENSIONS = {
-    "amp_C": "multi-tensor scaling and norms, FusedAdam",
-    "fused_layer_norm_cuda": "fused layer norm",
-    "fast_layer_norm": "persistent layer norm",
-    "fused_weight_gradient_mlp_cuda": "fused accumulation of weight gradients",
-}
-"""The parts of NVIDIA's apex that Megatron uses; each is built or not by itself."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +52,16 @@ class Found:
 
 def look() -> Found:
     """Look without importing any of it."""
-    core = _folder("megatron.core")
-    kind, extensions = _apex()
+    core = folder("megatron.core")
+    kind, extensions = apex()
     return Found(
         megatron=_version_in(core / "package_info.py") if core else None,
         megatron_at=core,
-        has_training=_folder("megatron.training") is not None,
-        transformer_engine=_version("transformer_engine", "transformer-engine"),
+        has_training=folder("megatron.training") is not None,
+        transformer_engine=version("transformer_engine", "transformer-engine"),
         apex=kind,
         apex_extensions=extensions,
-        kernels=_kernels(),
+        kernels=kernels(),
     )
 
 
@@ -86,7 +77,7 @@ def lines(found: Found) -> list[str]:
     for name, use in APEX_EXTENSIONS.items() if found.apex else ():
         there = "there" if name in found.apex_extensions else "missing"
         rows.append((f"  {name}", f"{there}; for {use}"))
-    rows.append(("torch", f"{torch.__version__}, {_device()}"))
+    rows.append(("torch", f"{torch.__version__}, {device()}"))
     rows.append(("kernels", "for bf16, head dim 128"))
     rows.extend((f"  {name}", reason or "can serve") for name, reason in found.kernels.items())
     rows.append(("a model gets", ""))
@@ -112,50 +103,6 @@ def used(found: Found) -> dict[str, str]:
     }
 
 
-def _folder(package: str) -> Path | None:
-    try:
-        spec = util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    places = list(spec.submodule_search_locations or []) if spec else []
-    return Path(places[0]) if places else None
-
-
 def _version_in(info: Path) -> str:
     numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", info.read_text(), re.MULTILINE))
     return ".".join(numbers.get(name, "0") for name in ("MAJOR", "MINOR", "PATCH"))
-
-
-def _version(package: str, distribution: str) -> str | None:
-    if _folder(package) is None:
-        return None
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "of unknown version"
-
-
-def _apex() -> tuple[str | None, frozenset[str]]:
-    """Whose apex this is, and which of its extensions are built."""
-    folder = _folder("apex")
-    if folder is None:
-        return None, frozenset()
-    if not (folder / "multi_tensor_apply").is_dir():
-        try:
-            about = metadata.metadata("apex")
-            return f"{about['Name']} {about['Version']} ({about['Summary']})", frozenset()
-        except metadata.PackageNotFoundError:
-            return f"the folder {folder}", frozenset()
-    return "NVIDIA", frozenset(name for name in APEX_EXTENSIONS if util.find_spec(name))
-
-
-def _kernels() -> dict[str, str | None]:
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    call = Call(device_type, torch.bfloat16, 128, 128, scale=128**-0.5)
-    return {name: kernel.refusal(call) for name, kernel in KERNELS.items()}
-
-
-def _device() -> str:
-    if not torch.cuda.is_available():
-        return "no GPU"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -1,0 +1,120 @@
+"""The arithmetic of a plan, line by line, to be followed with a pencil. No torch here."""
+
+from collections.abc import Iterator
+
+from ring_sp import step_memory
+from ring_sp.estimate import Estimate
+from ring_sp.step_memory import GRADIENT, RESERVE, STATES, WEIGHT
+from ring_sp.step_time import LAYER_SHARE
+
+
+def arithmetic(best: Estimate) -> Iterator[tuple[str, str]]:
+    """What is computed, and how: bytes in GB (1e9), FLOPs in PFLOP (1e15)."""
+    job, choice, told = best.job, best.choice, best.told
+    model, hardware, parts = job.model, job.hardware, best.memory
+    tokens = max(load.tokens for load in told.loads)
+    embeddings = 1 if model.tied else 2
+    yield (
+        "weights",
+        (
+            f"{model.layers} layers x {model.layer_weights / 1e6:.1f}M + {embeddings} x "
+            f"{model.vocab:,} x {model.hidden:,} = {model.weights / 1e9:.2f}B"
+        ),
+    )
+    shared = f" / {choice.sharing} ranks that share them"
+    everywhere = shared if choice.shard == "all" else ""
+    states = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    yield (
+        "weights, gradients, Adam",
+        f"{model.weights / 1e9:.2f}B / tensor {choice.tensor} x ({WEIGHT} + {GRADIENT}{everywhere}"
+        f" + {STATES}{shared}) bytes"
+        + (", and two layers gathered" if everywhere else "")
+        + f" = {states / 1e9:.1f} GB",
+    )
+    yield (
+        "tokens a rank",
+        f"{job.seq_len:,} / {choice.sequence} = {tokens:,}",
+    )
+    kept = parts["activations kept"] * choice.tensor / tokens
+    yield (
+        "activations kept",
+        (
+            f"{kept:,.0f} bytes a token ({choice.checkpoint} checkpointing, {model.layers} layers) x "
+            f"{tokens:,} / tensor {choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
+        ),
+    )
+    work = {
+        "attention work + ring buffers": parts["attention work"] + parts["ring buffers"],
+        "feed-forward work": parts["feed-forward work"],
+        "logits": parts["logits"],
+    }
+    yield (
+        "at once beside them",
+        "the largest of "
+        + ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in work.items())
+        + f" = {max(work.values()) / 1e9:.1f} GB",
+    )
+    yield (
+        "peak",
+        (
+            f"{states / 1e9:.1f} + {parts['activations kept'] / 1e9:.1f} + "
+            f"{max(work.values()) / 1e9:.1f} = {step_memory.peak(parts) / 1e9:.1f} GB of "
+            f"{hardware.memory_bytes / 1e9:.0f} GB less {RESERVE:.0%} = "
+            f"{best.usable_bytes / 1e9:.1f} GB"
+        ),
+    )
+    yield from _seconds(best, tokens)
+
+
+def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
+    job, choice, told = best.job, best.choice, best.told
+    model, hardware = job.model, job.hardware
+    pairs = sum(load.pairs for load in told.loads) // choice.ulysses
+    linear = 6 * model.product_weights * job.seq_len
+    attention = model.flops(job.seq_len, pairs) - linear
+    yield (
+        "FLOPs of a sequence",
+        (
+            f"6 x {model.product_weights / 1e9:.2f}B x {job.seq_len:,} + 12 x {model.layers} layers x "
+            f"{model.heads} heads x {model.head_dim} x {pairs:.4g} pairs = {linear / 1e15:,.1f} + "
+            f"{attention / 1e15:,.1f} = {(linear + attention) / 1e15:,.1f} PFLOP"
+        ),
+    )
+    load = max(told.loads, key=lambda load: load.pairs)
+    for name, flops, rate, each in zip(
+        ("forward", "backward"),
+        (4, 10),
+        (hardware.forward_rate, hardware.backward_rate),
+        best.attention,
+        strict=True,
+    ):
+        work = flops * told.heads * model.head_dim * load.pairs
+        yield (
+            f"attention {name}, a layer",
+            (
+                f"{flops} x {told.heads} heads x {model.head_dim} x {load.pairs:.4g} pairs at "
+                f"{rate / 1e12:,.0f} TFLOP/s = {work / rate * 1e3:,.1f} ms; with folding, "
+                f"{load.hops + 1} visits and small heads {each.seconds * 1e3:,.1f} ms"
+            ),
+        )
+    local = tokens * job.batch // choice.data
+    yield (
+        "matrix products",
+        (
+            f"6 x {model.product_weights / 1e9:.2f}B x {local:,} / tensor {choice.tensor} at "
+            f"{LAYER_SHARE} x {hardware.matmul_rate / 1e12:,.0f} TFLOP/s = "
+            f"{best.times['matrix products']:,.3g} s"
+        ),
+    )
+    yield (
+        "step",
+        " + ".join(f"{seconds:,.3g}" for seconds in best.times.values())
+        + f" = {best.seconds:,.4g} s ({', '.join(best.times)})",
+    )
+    yield (
+        "MFU",
+        (
+            f"{best.flops / 1e15:,.1f} PFLOP / {best.seconds:,.4g} s / {job.gpus} GPUs / "
+            f"{hardware.peak_flops / 1e12:,.0f} TFLOP/s = {best.mfu:.3f}"
+        ),
+    )
