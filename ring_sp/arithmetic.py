@@ -39,8 +39,8 @@ def arithmetic(best: Estimate) -> Iterator[tuple[str, str]]:
     yield (
         "activations kept",
         (
-            f"{kept:,.0f} bytes a token ({choice.checkpoint} checkpointing, {model.layers} layers) x "
-            f"{tokens:,} / tensor {choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
+            f"{kept:,.0f} bytes a token ({choice.checkpoint} checkpointing, {model.layers} layers) "
+            f"x {tokens:,} / tensor {choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
         ),
     )
     work = {
@@ -75,9 +75,10 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
     yield (
         "FLOPs of a sequence",
         (
-            f"6 x {model.product_weights / 1e9:.2f}B x {job.seq_len:,} + 12 x {model.layers} layers x "
-            f"{model.heads} heads x {model.head_dim} x {pairs:.4g} pairs = {linear / 1e15:,.1f} + "
-            f"{attention / 1e15:,.1f} = {(linear + attention) / 1e15:,.1f} PFLOP"
+            f"6 x {model.product_weights / 1e9:.2f}B x {job.seq_len:,} + 12 x {model.layers} "
+            f"layers x {model.heads} heads x {model.head_dim} x {pairs:.4g} pairs = "
+            f"{linear / 1e15:,.1f} + {attention / 1e15:,.1f} = "
+            f"{(linear + attention) / 1e15:,.1f} PFLOP"
         ),
     )
     load = max(told.loads, key=lambda load: load.pairs)

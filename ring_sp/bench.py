@@ -100,7 +100,7 @@ def lines(found: Bench) -> Iterator[str]:
         yield "links              one rank has none: run under torchrun --nproc_per_node N"
     assumed = [name for name, source in machine.sources.items() if source != "measured"]
     if assumed:
-        yield f"not measured       {', '.join(assumed)}: shares of the datasheet"
+        yield f"not measured       {', '.join(assumed)}: assumed, until more ranks take part"
 
 
 def _products(group: Group, sizes: Sizes) -> float:

@@ -40,7 +40,7 @@ def tokens(text: str) -> int:
         count = float(number) * UNITS.get(unit, 1)
     except ValueError:
         count = 0
-    if count < 1 or count != int(count):
+    if not count >= 1 or count % 1:
         raise argparse.ArgumentTypeError(f"tokens are such as 4096, 128k or 1M; got {text!r}")
     return int(count)
 

@@ -1,6 +1,5 @@
 """The ranks that a command of the command line runs on: torchrun's, or this process alone."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def alone_or_together(exchange: str = "messages") -> Iterator[Group]:
     NotImplementedError where copies cannot be.
     """
     started = dist.is_torchelastic_launched() and not dist.is_initialized()
-    local = int(os.environ["LOCAL_RANK"]) if started else 0
+    local = dist.get_node_local_rank() if started else 0
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():

@@ -6,7 +6,7 @@ from typing import Any
 
 from ring_sp.estimate import Estimate, estimate
 from ring_sp.job import CHECKPOINTS
-from ring_sp.step_memory import STATE_PARTS, WORK_PARTS
+from ring_sp.step_memory import STATE_PARTS
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
 
@@ -54,16 +54,16 @@ def _at(best: Estimate, length: int, **changed: Any) -> Estimate:
 
 def _memory(axes: Any, best: Estimate, lengths: list[int]) -> None:
     found = [_at(best, length) for length in lengths]
-    names = [*STATE_PARTS, *WORK_PARTS]
-    layers = [[each.memory[name] / 1e9 for each in found] for name in names]
-    axes.stackplot(lengths, layers, labels=names, alpha=0.85)
+    parts = [[each.memory[name] / 1e9 for each in found] for name in STATE_PARTS]
     peaks = [each.peak_bytes / 1e9 for each in found]
-    axes.plot(lengths, peaks, color="black", linewidth=1.5, label="peak: not all at once")
+    work = [peak - sum(held) for peak, held in zip(peaks, zip(*parts, strict=True), strict=True)]
+    names = [*STATE_PARTS, "work of one layer, or the loss"]
+    axes.stackplot(lengths, [*parts, work], labels=names, alpha=0.85)
     limit = best.usable_bytes / 1e9
     axes.axhline(limit, color="red", linestyle="--", linewidth=1, label=f"usable {limit:.0f} GB")
-    axes.set_ylim(0, min(max(map(sum, zip(*layers, strict=True))), 2 * limit) * 1.05)
+    axes.set_ylim(0, min(max(*peaks, limit), 2 * limit) * 1.05)
     axes.set_ylabel("GB of a GPU")
-    axes.set_title(f"memory, {best.choice.checkpoint} checkpointing", fontsize=10)
+    axes.set_title(f"memory, checkpoint: {best.choice.checkpoint}", fontsize=10)
     axes.legend(fontsize=7, loc="upper left")
 
 
@@ -72,7 +72,7 @@ def _mfu(axes: Any, best: Estimate, lengths: list[int]) -> None:
         found = [_at(best, length, checkpoint=checkpoint) for length in lengths]
         axes.plot(lengths, [each.mfu for each in found], color=colour, linestyle=":")
         fitting = [each.mfu if each.fits else float("nan") for each in found]
-        axes.plot(lengths, fitting, color=colour, marker="o", label=f"{checkpoint} checkpointing")
+        axes.plot(lengths, fitting, color=colour, marker="o", label=f"checkpoint: {checkpoint}")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MFU, no recomputed FLOPs counted")
     axes.set_title("dotted: does not fit", fontsize=10)

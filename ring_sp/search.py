@@ -91,11 +91,11 @@ def _splits(job: Job, fixed: dict[str, Any]) -> Iterator[dict[str, int]]:
         for data in sizes("data", after_tensor, job.batch):
             after_data = after_tensor // data
             for ulysses in sizes("ulysses", after_data, max(1, host // tensor)):
-                stations = after_data // ulysses
+                stations = max(1, after_data // ulysses)
                 inside = max(1, host // (tensor * ulysses))
                 double = stations // inside if stations % inside == 0 else 1
                 single = () if double > 1 and stations > LONGEST_RING else (1,)
                 outers = [fixed["outer"]] if "outer" in fixed else sorted({*single, double})
                 for outer in outers:
-                    ring = fixed.get("ring", stations // outer or 1)
+                    ring = fixed.get("ring", max(1, stations // outer))
                     yield dict(zip(SPLIT, (tensor, data, outer, ring, ulysses), strict=True))

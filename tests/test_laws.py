@@ -46,6 +46,7 @@ LAYERS = [
     "logits",
     "explanation",
     "loss",
+    "linear_loss",
     "blockwise",
     "rotary",
     "replicated",
