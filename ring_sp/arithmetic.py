@@ -1,4 +1,4 @@
-"""The arithmetic of a plan, line by line, to be followed with a pencil. No torch here."""
+"""The arithmetic of a plan, line by line, to be followed with a pencil."""
 
 from collections.abc import Iterator
 

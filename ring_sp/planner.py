@@ -107,6 +107,9 @@ def _hiding(best: Estimate) -> Iterator[str]:
     station in forward, 1.6 or 2.4 gF/B in backward where sums travel in bf16 or float32.
     """
     job, choice = best.job, best.choice
+    if choice.ulysses > 1:
+        alone = sum(each.alone for each in best.attention) * 1e3
+        yield f"all-to-alls of a layer (and sums on their way home): {alone:.2f} ms, never hidden"
     ratio = best.told.kv_heads / best.told.heads
     rates = job.hardware.forward_rate, job.hardware.backward_rate
     station = max(load.tokens for load in best.told.loads) * choice.ulysses

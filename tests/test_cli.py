@@ -70,8 +70,8 @@ def test_the_paper_is_printed_beside_its_formulas() -> None:
     pytest.importorskip("rich")
     code, out, _ = said("plan", "--paper")
     assert code == 0 and "25.0 (paper: 24.5)" in out and "4682.0" in out
-    assert "71 of 77 cells as printed" in out
-    assert len(json.loads(said("plan", "--paper", "--json")[1])) == 77
+    assert "73 of 79 cells as printed" in out
+    assert len(json.loads(said("plan", "--paper", "--json")[1])) == 79
 
 
 def test_what_is_missing_is_named_before_anything_is_computed() -> None:

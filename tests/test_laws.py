@@ -76,6 +76,7 @@ LAYERS = [
 of its own; one backend does not import another.
 """
 TORCHLESS = {"ring_sp.layout", "ring_sp.regions", "ring_sp.masks", "ring_sp.kernels.bands"}
+TORCHLESS |= {"ring_sp.hardware", "ring_sp.model_shape", "ring_sp.paper"}
 HOSTS = {"megatron", "deepspeed", "transformers", "accelerate", "apex", "transformer_engine"}
 MAX_LINES, MAX_TRITON_LINES, MAX_STATEMENTS = 300, 450, 40
 

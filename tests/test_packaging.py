@@ -61,7 +61,10 @@ def _pip(*args: str | Path, cwd: Path, at: Path | None = None) -> None:
 def test_a_wheel_holds_all_modules_under_one_name(checkout: Path, tmp_path: Path) -> None:
     _pip("wheel", "--no-build-isolation", "--wheel-dir", tmp_path, checkout, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    held = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = ZipFile(wheel).namelist()
+    held = {name for name in names if ".dist-info/" not in name}
+    (entries,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert b"ring-sp = ring_sp.cli:main" in ZipFile(wheel).read(entries)
     core = {path.relative_to(checkout) for path in checkout.glob("ring_sp/**/*.py")}
     hosts = {
         "ring_sp" / path.relative_to(checkout) for path in checkout.glob("integrations/**/*.py")
