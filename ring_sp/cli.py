@@ -9,6 +9,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistError
+
 from ring_sp import bench, doctor, hardware, model_shape, paper
 from ring_sp.arithmetic import arithmetic
 from ring_sp.group import alone_or_together
@@ -31,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"ring-sp {args.command}: {error}", file=sys.stderr)
         return MISTAKE
+    except DistError as error:
+        print(
+            f"ring-sp {args.command}: the ranks do not reach each other: {error}\nRun it on one "
+            f"rank to check the GPU alone, and with NCCL_DEBUG=INFO to see which link fails.",
+            file=sys.stderr,
+        )
+        return WRONG
 
 
 def tokens(text: str) -> int:

@@ -182,6 +182,13 @@ def test_a_wrong_round_trip_on_any_rank_is_wrong_on_all(
     assert all(found == (1, "", "") for found in others)
 
 
+def test_links_that_fail_are_told_from_mistakes() -> None:
+    failed = mock.Mock(side_effect=torch.distributed.DistError("timed out"))
+    with mock.patch.object(cli, "alone_or_together", failed):
+        code, out, err = said("doctor")
+    assert (code, out) == (1, "") and "timed out" in err and "NCCL_DEBUG=INFO" in err
+
+
 def test_a_doctor_says_what_to_do_about_an_apex_that_is_not_nvidias() -> None:
     other = "apex 0.9 (authentication)", frozenset[str]()
     with mock.patch.object(doctor, "apex", return_value=other):

@@ -48,6 +48,12 @@ def test_table_2_follows_from_its_own_columns() -> None:
     assert [(cell.computed, cell.printed) for cell in ours] == [("2.2", ""), ("13.2", "")]
 
 
+def test_appendix_c_is_off_by_the_thousand_of_its_units() -> None:
+    (cell,) = paper.appendix_c()
+    assert float(cell.computed) == float(cell.printed) / 1000
+    assert cell.computed == f"{186e9 / (0.4 * 196e12):.4f}"
+
+
 @pytest.mark.parametrize(("size", "hidden"), [(k, h) for k, (_, h) in PAPER_SIZES.items()])
 def test_appendix_d_is_the_ratio_of_flops(size: str, hidden: int) -> None:
     row = [cell for cell in paper.appendix_d() if cell.row == size]
