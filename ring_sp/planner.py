@@ -47,7 +47,7 @@ def plan(job: Job, **fixed: Any) -> Plan:
         best,
         {**_reasons(best, found), **_rules(best)},
         tuple(_hiding(best)),
-        tuple(_advice(best, found)),
+        tuple(_advice(best, found)) if best.fits else (),
         () if best.fits else tuple(_remedies(best, fixed)),
     )
 
@@ -183,6 +183,19 @@ def _remedies(best: Estimate, fixed: dict[str, Any]) -> Iterator[str]:
         if more
         else f"not even {job.gpus * 16} GPUs: a smaller model, or more memory a GPU"
     )
+    # All but the layer at work and the one that comes next, in the host's memory.
+    left = 1 - 2 / max(job.model.layers, 2)
+    offloaded = [
+        each
+        for each in search(job, small)
+        if each.missing_bytes <= left * each.memory["activations kept"]
+    ]
+    if offloaded:
+        least = min(left * each.memory["activations kept"] for each in offloaded)
+        yield (
+            f"what layers keep offloaded to the host's memory, {least / 1e9:.1f} GB a GPU, with "
+            f"the same on {job.gpus} GPUs"
+        )
     longest = _longest(job, lambda length: fit(seq_len=length))
     if longest:
         yield f"at most {longest:,} tokens on {job.gpus} GPUs, with the same"
