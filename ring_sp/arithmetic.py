@@ -21,15 +21,16 @@ def arithmetic(best: Estimate) -> Iterator[tuple[str, str]]:
             f"{model.vocab:,} x {model.hidden:,} = {model.weights / 1e9:.2f}B"
         ),
     )
-    shared = f" / {choice.sharing} ranks that share them"
-    everywhere = shared if choice.shard == "all" else ""
+    ranks = f"/ {choice.sharing} ranks that share them"
+    each = (
+        f"({WEIGHT} + {GRADIENT} + {STATES} {ranks}) bytes"
+        if choice.shard == "optimizer"
+        else f"({WEIGHT} + {GRADIENT} + {STATES}) bytes {ranks}, and two layers gathered,"
+    )
     states = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     yield (
         "weights, gradients, Adam",
-        f"{model.weights / 1e9:.2f}B / tensor {choice.tensor} x ({WEIGHT} + {GRADIENT}{everywhere}"
-        f" + {STATES}{shared}) bytes"
-        + (", and two layers gathered" if everywhere else "")
-        + f" = {states / 1e9:.1f} GB",
+        f"{model.weights / 1e9:.2f}B / tensor {choice.tensor} x {each} = {states / 1e9:.1f} GB",
     )
     yield (
         "tokens a rank",

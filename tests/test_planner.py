@@ -274,3 +274,10 @@ def test_8b_at_10m_tokens_fits_64_h200_with_its_arithmetic() -> None:
     assert lines["tokens a rank"] == "10,485,760 / 64 = 163,840"
     assert lines["weights"] == "32 layers x 218.1M + 2 x 128,256 x 4,096 = 8.03B"
     assert sum(best.times.values()) == best.seconds and len(lines) == 12
+    # 8.03B x 18 / 64 = 2.26 GB, and two layers of 218.1M in bf16 0.87.
+    divided = "(2 + 4 + 12) bytes / 64 ranks that share them, and two layers gathered, = 3.1 GB"
+    assert lines["weights, gradients, Adam"] == f"8.03B / tensor 1 x {divided}"
+    whole = dict(arithmetic(estimate(job(), Choice(tensor=2, ring=4))))
+    # 4.015 x 9.
+    divided = "(2 + 4 + 12 / 4 ranks that share them) bytes = 36.1 GB"
+    assert whole["weights, gradients, Adam"] == f"8.03B / tensor 2 x {divided}"
