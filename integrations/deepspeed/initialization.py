@@ -1,7 +1,6 @@
 """`deepspeed.initialize`, with a ring."""
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -110,8 +109,8 @@ def _start(port: int = 29500, required: bool | None = None) -> None:
     """
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(backend, distributed_port=port, dist_init_required=required)
-    if "LOCAL_RANK" in os.environ:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if (local_rank := dist.get_node_local_rank(-1)) >= 0:
+        get_accelerator().set_device(local_rank)
 
 
 def _on_all_ranks(
