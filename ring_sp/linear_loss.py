@@ -68,6 +68,9 @@ def linear_cross_entropy(
             f"{weight.dtype}"
         )
     labels = labels.flatten()
+    if not torch.is_grad_enabled():
+        # `needs_input_grad` knows tensors and not the mode: gradients would be made all the same.
+        x, weight = x.detach(), weight.detach()
     total = _LinearLoss.apply(x.flatten(0, -2), weight, labels, options or LinearLoss())
     return mean_of_sums(total, (labels != IGNORE).sum(), group, averaged_over, count)
 

@@ -1,6 +1,7 @@
 """The chunked loss against torch's, values and gradients."""
 
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ringed import relative
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ring_sp import linear_loss
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.loss import IGNORE
 
@@ -75,8 +77,11 @@ def test_only_the_gradients_asked_for_are_made() -> None:
     assert torch.equal(alone, both[0])
     (alone,) = torch.autograd.grad(linear_cross_entropy(x.detach(), weight, labels), weight)
     assert torch.equal(alone, both[1])
-    with torch.no_grad():
-        assert not linear_cross_entropy(x, weight, labels).requires_grad
+    wanted = linear_cross_entropy(x, weight, labels)
+    product = mock.Mock(wraps=linear_loss._product)
+    with torch.no_grad(), mock.patch.object(linear_loss, "_product", product):
+        assert torch.equal(linear_cross_entropy(x, weight, labels), wanted)
+    assert product.call_count == 1, "that of the logits"
 
 
 def over_ranks(tensor: int) -> float:
