@@ -50,13 +50,16 @@ def linear_cross_entropy(
     """The mean cross entropy of x @ weight.T against labels, of all tokens on all ranks of `group`.
 
     x [..., E], labels int64 [...] with `loss.IGNORE` where there is no loss, weight [V, E] with the
-    words of this rank, in x's dtype. The value is float32 (float64 for float64), the same on every
-    rank; `group`, `averaged_over` and `count` are those of `loss.token_mean`. The gradients of x
-    and weight are made along with it, from logits in float32, weight's summed in float32; backward
-    scales them and can be called once. A label that is no word gives NaN. On CUDA bfloat16 and
-    float16 need torch 2.8. Collective over `group` and `options.vocab_group`. Raises ValueError for
-    shapes and dtypes that do not fit.
+    words of this rank, in x's dtype; autocast rounds both to its own. The value is float32 (float64
+    for float64), the same on every rank; `group`, `averaged_over` and `count` are those of
+    `loss.token_mean`. The gradients of x and weight are made along with it, from logits in float32,
+    weight's summed in float32; backward scales them and can be called once. A label that is no word
+    gives NaN. On CUDA bfloat16 and float16 need torch 2.8. Collective over `group` and
+    `options.vocab_group`. Raises ValueError for shapes and dtypes that do not fit.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
+        x, weight = (each.to(torch.get_autocast_dtype(kind)) for each in (x, weight))
     if labels.shape != x.shape[:-1] or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"x [..., E], weight [V, E] and labels [...] must fit; got {tuple(x.shape)}, "
@@ -71,7 +74,8 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         # `needs_input_grad` knows tensors and not the mode: gradients would be made all the same.
         x, weight = x.detach(), weight.detach()
-    total = _LinearLoss.apply(x.flatten(0, -2), weight, labels, options or LinearLoss())
+    with torch.autocast(kind, enabled=False):  # It would round logits and softmax too.
+        total = _LinearLoss.apply(x.flatten(0, -2), weight, labels, options or LinearLoss())
     return mean_of_sums(total, (labels != IGNORE).sum(), group, averaged_over, count)
 
 

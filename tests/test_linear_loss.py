@@ -70,6 +70,19 @@ def test_low_precision_is_rounded_no_more_than_once_a_chunk(dtype: torch.dtype) 
         assert own.dtype == dtype and relative(own, true_gradient) < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_autocast_rounds_what_comes_in_and_nothing_else(dtype: torch.dtype) -> None:
+    x, weight, labels = drawn(torch.float64 if dtype == torch.float64 else torch.float32)
+    given = x.to(dtype)
+    low = [y if dtype == torch.float64 else y.bfloat16() for y in (given, weight)]
+    wanted = linear_cross_entropy(low[0], low[1], labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(given, weight, labels)
+    assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+    true = torch.autograd.grad(wanted, (x, weight))
+    assert all(map(torch.equal, torch.autograd.grad(found, (x, weight)), true))
+
+
 def test_only_the_gradients_asked_for_are_made() -> None:
     x, weight, labels = drawn()
     both = torch.autograd.grad(linear_cross_entropy(x, weight, labels), (x, weight))
