@@ -1,6 +1,7 @@
 """The chunked loss against torch's, values and gradients."""
 
 import re
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ring_sp import linear_loss
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
-from ring_sp.loss import IGNORE
+from ring_sp.loss import IGNORE, cross_entropy_mean
 
 WORDS, DIM = 12, 6
 
@@ -55,6 +56,27 @@ def test_is_the_loss_of_whole_logits(options: LinearLoss) -> None:
     mine = torch.autograd.grad(found * wanted, (x, weight))
     for own, exact in zip(mine, torch.autograd.grad(true * wanted, (x, weight)), strict=True):
         assert relative(own, exact) < 1e-13
+
+
+@pytest.mark.parametrize(("options", "most"), [(LinearLoss(chunk=3), 3), (LinearLoss(), 4)])
+def test_no_more_logits_are_there_at_a_time(options: LinearLoss, most: int) -> None:
+    chunk = mock.Mock(wraps=linear_loss._chunk)
+    with (
+        mock.patch.object(linear_loss, "_chunk", chunk),
+        mock.patch.object(linear_loss, "LOGITS", 5 * WORDS - 1),
+    ):
+        linear_cross_entropy(*drawn(), options=options)
+    assert max(len(call.args[0]) for call in chunk.call_args_list) == most
+
+
+def test_is_averaged_and_counted_as_whole_logits_are() -> None:
+    x, weight, labels = drawn()
+    shared: dict[str, Any] = {"averaged_over": 3, "count": torch.tensor(50)}
+    found = linear_cross_entropy(x, weight, labels, **shared)
+    true = cross_entropy_mean(x @ weight.mT, labels, **shared)
+    assert relative(found, true) < 1e-14
+    (own,), (exact,) = (torch.autograd.grad(loss, weight) for loss in (found, true))
+    assert relative(own, exact) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -9,7 +9,7 @@ from ranks import groups
 from torch import Tensor
 
 from ring_sp import ShardedSequence
-from ring_sp.loss import IGNORE, shift_labels, token_mean
+from ring_sp.loss import IGNORE, cross_entropy_mean, shift_labels, token_mean
 
 VOCAB = 11
 
@@ -98,3 +98,23 @@ def test_bad_input_is_refused() -> None:
 def test_half_precision_losses_are_summed_in_float32() -> None:
     losses = torch.full((70_000,), 2.0, dtype=torch.float16)
     assert token_mean(losses, torch.ones(70_000, dtype=torch.bool)).item() == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_cross_entropy_of_logits_is_wide_averaged_and_counted(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(2)
+    logits = torch.randn(2, 5, VOCAB, generator=make, dtype=torch.float64).to(dtype)
+    labels = torch.randint(VOCAB, (2, 5), generator=make)
+    labels[0, :2] = IGNORE
+    exact = logits.double()[labels != IGNORE].log_softmax(-1)
+    exact = -exact.gather(1, labels[labels != IGNORE][:, None]).sum() / 50
+    logits.requires_grad_()
+    found = cross_entropy_mean(logits, labels, averaged_over=3, count=torch.tensor(50))
+    assert abs(found.double() - exact) < 1e-6 and found.dtype in (torch.float32, torch.float64)
+    (grad,) = torch.autograd.grad(found, logits)
+    wanted = logits.detach().double().softmax(-1)
+    wanted.view(-1, VOCAB)[torch.arange(10), labels.flatten().clamp_min(0)] -= 1
+    wanted = wanted.masked_fill(labels[..., None] == IGNORE, 0) * 3 / 50
+    assert (grad.double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match="the same tokens"):
+        cross_entropy_mean(logits, labels[:, 1:])
