@@ -54,8 +54,9 @@ def linear_cross_entropy(
     for float64), the same on every rank; `group`, `averaged_over` and `count` are those of
     `loss.token_mean`. The gradients of x and weight are made along with it, from logits in float32,
     weight's summed in float32; backward scales them and can be called once. A label that is no word
-    gives NaN. On CUDA bfloat16 and float16 need torch 2.8. Collective over `group` and
-    `options.vocab_group`. Raises ValueError for shapes and dtypes that do not fit.
+    gives NaN, and so does a vocabulary in unequal parts. On CUDA bfloat16 and float16 need torch
+    2.8. Collective over `group` and `options.vocab_group`. Raises ValueError for shapes and dtypes
+    that do not fit.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
@@ -134,13 +135,14 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, options: LinearLoss) -> tu
     logits -= top
     target = logits.gather(1, place).masked_fill_(~mine, 0)
     weights = logits.exp_()
-    known = torch.cat([weights.sum(-1, keepdim=True), target, mine.to(target.dtype)], 1)
-    known = _summed(known, group)
-    sums, target, found = known.split(1, 1)
+    parts = weights.sum(-1, keepdim=True), target, mine, torch.full_like(target, words)
+    known = _summed(torch.cat([part.to(target.dtype) for part in parts], 1), group)
+    sums, target, found, all_words = known.split(1, 1)
+    wrong = (found == 0) | (all_words != words * (group.size() if group else 1))
     counted = labels[:, None] != IGNORE
     lse = top + sums.log()
     losses = sums.log() - target + options.z_loss * lse.square()
-    losses = losses.masked_fill_(found == 0, torch.nan).masked_fill_(~counted, 0)
+    losses = losses.masked_fill_(wrong, torch.nan).masked_fill_(~counted, 0)
     weights *= (1 + 2 * options.z_loss * lse) / sums * counted
     weights.scatter_add_(1, place, -(mine & counted).to(weights.dtype))
     if slope is not None:

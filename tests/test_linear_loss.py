@@ -148,6 +148,21 @@ def test_ranks_share_vocabulary_and_tokens(world, tensor: int) -> None:  # type:
     assert max(ranks.run(over_ranks, tensor)) < 1e-13
 
 
+def split_in_two(first: int) -> bool:
+    """Whether there is a loss where the first of two ranks has so many words."""
+    manager = groups(tensor=2)
+    x, weight, labels = drawn()
+    labels %= 5  # Words of the first rank: no label is missed.
+    own = weight[:first] if manager.rank("tensor") == 0 else weight[first:]
+    split = LinearLoss(vocab_group=manager.group("tensor"))
+    return bool(linear_cross_entropy(x, own, labels, options=split).isfinite())
+
+
+def test_a_vocabulary_in_unequal_parts_gives_nan(world) -> None:  # type: ignore[no-untyped-def]
+    assert world(2).run(split_in_two, WORDS // 2) == [True, True]
+    assert world(2).run(split_in_two, WORDS // 2 + 1) == [False, False]
+
+
 def test_a_label_that_is_no_word_gives_nan() -> None:
     x, weight, labels = drawn()
     for wrong in (WORDS, -1):
