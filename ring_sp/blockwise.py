@@ -22,7 +22,7 @@ def blockwise(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = 
         raise ValueError(f"chunk is a number of tokens, at least 1; got {chunk}")
 
     def run(part: Tensor) -> Tensor:
-        out = fn(part)
+        out = fn(part.contiguous())  # Some take views of it, as GPT-2's.
         if not isinstance(out, Tensor) or out.shape[dim] != part.shape[dim]:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out)
             raise ValueError(

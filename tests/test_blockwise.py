@@ -49,6 +49,14 @@ def test_along_another_dim_and_without_gradients() -> None:
         assert relative(blockwise(module, x, 5), turned) < 1e-15
 
 
+def test_a_part_is_dense() -> None:
+    module, x, dout = made()
+    out = blockwise(lambda part: module(part.view(1, -1, 6)).view_as(part), x, 4)
+    assert relative(out.detach(), module(x).detach()) < 1e-15
+    (mine,), (true,) = (torch.autograd.grad(each, x, dout) for each in (out, module(x)))
+    assert relative(mine, true) < 1e-14
+
+
 def test_keeps_what_one_chunk_keeps() -> None:
     module, x, _ = made()
     kept: list[int] = []
