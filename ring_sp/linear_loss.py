@@ -71,12 +71,12 @@ def linear_cross_entropy(
             f"labels must be int64, x and weight of one dtype; got {labels.dtype}, {x.dtype} and "
             f"{weight.dtype}"
         )
-    labels = labels.flatten()
+    x, labels = x.reshape(-1, x.shape[-1]), labels.flatten()
     if not torch.is_grad_enabled():
         # `needs_input_grad` knows tensors and not the mode: gradients would be made all the same.
         x, weight = x.detach(), weight.detach()
     with torch.autocast(kind, enabled=False):  # It would round logits and softmax too.
-        total = _LinearLoss.apply(x.flatten(0, -2), weight, labels, options or LinearLoss())
+        total = _LinearLoss.apply(x, weight, labels, options or LinearLoss())
     return mean_of_sums(total, (labels != IGNORE).sum(), group, averaged_over, count)
 
 
@@ -131,7 +131,7 @@ def _chunk(x: Tensor, weight: Tensor, labels: Tensor, options: LinearLoss) -> tu
     place = labels[:, None] - (group.rank() * words if group else 0)
     mine = (place >= 0) & (place < words)
     place = place.clamp(0, words - 1)
-    slope = None if cap is None else 1 - (logits / cap).square_()
+    slope = None if cap is None else (logits / cap).square_().neg_().add_(1)
     logits -= top
     target = logits.gather(1, place).masked_fill_(~mine, 0)
     weights = logits.exp_()

@@ -178,6 +178,12 @@ def test_gradients_are_given_once() -> None:
         torch.autograd.grad(loss, x)
 
 
+def test_takes_a_token_alone() -> None:
+    x, weight, labels = drawn()
+    alone = linear_cross_entropy(x[1, 3], weight, labels[1, 3])
+    assert relative(alone, whole(x[1:, 3:4], weight, labels[1:, 3:4], LinearLoss())) < 1e-14
+
+
 def test_nothing_counted_is_a_loss_of_zero() -> None:
     x, weight, labels = drawn()
     loss = linear_cross_entropy(x, weight, labels.fill_(IGNORE))
