@@ -12,11 +12,12 @@ def blockwise(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int = 
     its backward is that of one chunk.
 
     x [B, S, ...] with tokens along `dim`; `fn` treats tokens alone, as feed-forward, norm and
-    residual do, and keeps their number. The last chunk may be shorter. Gradients are exact: those
-    of weights are summed over the chunks in the dtype of the weights, and reach a weight, and what
-    its host hung on it, once. Dropout draws the same in backward. Besides x and the result there is
-    memory for one more of each. Raises ValueError for a chunk below 1, or an `fn` that returns
-    another number of tokens.
+    residual do, and keeps their number. The last chunk may be shorter. Gradients are those of
+    fn(x), and reach a weight, and what its host hung on it, once. Weights' are summed over the
+    chunks in the dtype of the weights: in bf16 they were 1.8e-3 off for a whole of 4,096 tokens,
+    5.3e-3 for 16 chunks and 1.8e-2 for 256, so take few chunks. Dropout draws the same in backward.
+    Besides x and the result there is memory for one more of each. Raises ValueError for a chunk
+    below 1, or an `fn` that returns another number of tokens.
     """
     if chunk < 1:
         raise ValueError(f"chunk is a number of tokens, at least 1; got {chunk}")
