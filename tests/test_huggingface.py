@@ -180,6 +180,24 @@ def test_evaluation_and_generation_are_local_only_where_asked() -> None:
     assert "needs the batch's sequence" in raised(model, tokens)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GptOss"])
+def test_autocast_rules_attention_as_it_does_locally(family: str) -> None:
+    model, given = built(Case(family)).float(), batch(Case(family), 0)
+    exactly = model(given["input_ids"], use_cache=False).logits
+    found = []
+    for attention in ("eager", "ring_sp"):
+        register()
+        model.set_attn_implementation(attention)
+        inputs = HuggingFaceRing(ProcessGroupManager.build()).batch(given).inputs
+        inputs = {"input_ids": given["input_ids"]} if attention == "eager" else inputs
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**inputs).logits
+        logits.float().square().mean().backward()
+        gradients(model)
+        found.append(relative(logits.float(), exactly))
+    assert found[1] < 2 * found[0]
+
+
 def test_a_second_registration_changes_nothing() -> None:
     made = register()
     assert register() == made

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import or_masks
 
@@ -26,14 +27,15 @@ def attend(
 
     query is [B, H, local_len, D], key and value [B, Hkv, local_len, D]; returns [B, local_len, H,
     Dv], and no weights. Of `options` it follows scaling, sliding_window, softcap, s_aux, dropout
-    and is_causal. Collective over the ring. Raises ValueError without `ring_sp`, and for a mask or
-    options that belong into `HuggingFaceRing.batch`; NotImplementedError for a bias on the scores
-    and for attention weights.
+    and is_causal; under torch.autocast it computes in that dtype. Collective over the ring. Raises
+    ValueError without `ring_sp`, and for a mask or options that belong into
+    `HuggingFaceRing.batch`; NotImplementedError for a bias on the scores and for attention weights.
     """
     context = _context(module, options)
     _refuse_options(module, attention_mask, options)
     _require_same_direction(module, context.sequence.mask, options)
     dropout: float = options.get("dropout") or 0.0
+    query, key, value = _autocast(query, key, value)
     out = ring_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -72,6 +74,16 @@ def mask_of(
             "which ring attention cannot tell: give it text alone"
         )
     return attention_mask
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of torch.autocast, as torch's own attention: rotary embeddings and norms leave
+    queries and keys in fp32, and values are not.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
 def _context(module: nn.Module, options: dict[str, Any]) -> RingContext:
