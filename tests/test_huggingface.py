@@ -71,6 +71,7 @@ def errors(case: Case, whole: tuple[list[Tensor], Tensor, Batch]) -> list[tuple[
         (4, Case("Gemma2", ring=4, layout="striped")),
         (4, packed("Gemma2", 4, "contiguous")),
         (4, Case("GptOss", ring=4)),
+        (2, Case("Qwen2Moe")),
         (4, packed("GptOss", 2, "zigzag")),
         (4, packed("Qwen3", 4, "balanced")),
         (4, Case("Qwen3", ring=4, padded=True, seq_len=32)),

@@ -15,12 +15,16 @@ from ring_sp.masks import Mask, causal
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
+class Window(int):
+    """In place of a sliding window's mask: the keys that a query sees, its own included."""
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Window | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention over the ring of the batch's `ring_sp`.
@@ -32,6 +36,10 @@ def attend(
     `HuggingFaceRing.batch`; NotImplementedError for a bias on the scores and for attention weights.
     """
     context = _context(module, options)
+    if isinstance(attention_mask, Window):
+        # Some layers know their window by the mask alone.
+        options["sliding_window"] = options.get("sliding_window") or attention_mask
+        attention_mask = None
     _refuse_options(module, attention_mask, options)
     _require_same_direction(module, context.sequence.mask, options)
     dropout: float = options.get("dropout") or 0.0
@@ -57,10 +65,11 @@ def mask_of(
     attention_mask: Tensor | None = None,
     config: Any = None,
     use_vmap: bool = False,
+    local_size: int | None = None,
     **_: Any,
-) -> Tensor | None:
-    """No mask tensor: the layers know the sequence. A 2-D mask goes on to `attend`, which refuses
-    it.
+) -> Tensor | Window | None:
+    """No mask tensor: the layers know the sequence. A window goes on to `attend`, as does a 2-D
+    mask, which it refuses.
 
     transformers calls it before the first layer. Raises NotImplementedError for models that
     cannot ring, and masks of a model's own, such as blocks of an image.
@@ -73,6 +82,8 @@ def mask_of(
             "the model adds to the causal mask by itself (such as blocks that see each other), "
             "which ring attention cannot tell: give it text alone"
         )
+    if attention_mask is None and local_size is not None:
+        return Window(local_size)
     return attention_mask
 
 
