@@ -181,6 +181,17 @@ def test_evaluation_and_generation_are_local_only_where_asked() -> None:
     assert "needs the batch's sequence" in raised(model, tokens)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_local_attention_keeps_what_the_ring_does(family: str) -> None:
+    model, tokens = built(Case(family)), batch(Case(family), 0)["input_ids"]
+    use_ring_attention(model)
+    with exact():
+        part = HuggingFaceRing(ProcessGroupManager.build()).batch({"input_ids": tokens})
+        ringed = model(**part.inputs).logits
+        with local_attention(model):
+            assert relative(model(tokens).logits, ringed) < 1e-11
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "GptOss"])
 def test_autocast_rules_attention_as_it_does_locally(family: str) -> None:
     model, given = built(Case(family)).float(), batch(Case(family), 0)
