@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2MoeForCausalLM,
     Qwen3ForCausalLM,
 )
 
@@ -35,6 +36,7 @@ MODELS: dict[str, Any] = {
     "Mistral": MistralForCausalLM,
     "Gemma2": Gemma2ForCausalLM,
     "GptOss": GptOssForCausalLM,
+    "Qwen2Moe": Qwen2MoeForCausalLM,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"num_key_value_heads": 1},
@@ -51,6 +53,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ALTERNATING,
         "num_local_experts": 3,
         "num_experts_per_tok": 2,
+    },
+    # Its layers know their window by the mask alone.
+    "Qwen2Moe": {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ALTERNATING,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
     },
 }
 
@@ -109,7 +121,7 @@ def built(case: Case, attention: str = "eager") -> PreTrainedModel:
     kind = MODELS[case.family]
     shape = {**SHAPE, **FAMILIES[case.family], "attention_dropout": case.dropout}
     config = kind.config_class(**shape)
-    if case.family == "GptOss":
+    if case.family in ("GptOss", "Qwen2Moe"):
         config._experts_implementation = "eager"
     model: PreTrainedModel = kind._from_config(config, attn_implementation=attention)
     for weight in model.parameters():

@@ -71,6 +71,7 @@ def errors(case: Case, whole: tuple[list[Tensor], Tensor, Batch]) -> list[tuple[
         (4, Case("Gemma2", ring=4, layout="striped")),
         (4, packed("Gemma2", 4, "contiguous")),
         (4, Case("GptOss", ring=4)),
+        (2, Case("Qwen2Moe")),
         (4, packed("GptOss", 2, "zigzag")),
         (4, packed("Qwen3", 4, "balanced")),
         (4, Case("Qwen3", ring=4, padded=True, seq_len=32)),
@@ -178,6 +179,35 @@ def test_evaluation_and_generation_are_local_only_where_asked() -> None:
         )
     assert torch.equal(more, same) and more.shape[1] == tokens.shape[1] + 4
     assert "needs the batch's sequence" in raised(model, tokens)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_local_attention_keeps_what_the_ring_does(family: str) -> None:
+    model, tokens = built(Case(family)), batch(Case(family), 0)["input_ids"]
+    use_ring_attention(model)
+    with exact():
+        part = HuggingFaceRing(ProcessGroupManager.build()).batch({"input_ids": tokens})
+        ringed = model(**part.inputs).logits
+        with local_attention(model):
+            assert relative(model(tokens).logits, ringed) < 1e-11
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GptOss"])
+def test_autocast_rules_attention_as_it_does_locally(family: str) -> None:
+    model, given = built(Case(family)).float(), batch(Case(family), 0)
+    exactly = model(given["input_ids"], use_cache=False).logits
+    found = []
+    for attention in ("eager", "ring_sp"):
+        register()
+        model.set_attn_implementation(attention)
+        inputs = HuggingFaceRing(ProcessGroupManager.build()).batch(given).inputs
+        inputs = {"input_ids": given["input_ids"]} if attention == "eager" else inputs
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**inputs).logits
+        logits.float().square().mean().backward()
+        gradients(model)
+        found.append(relative(logits.float(), exactly))
+    assert found[1] < 2 * found[0]
 
 
 def test_a_second_registration_changes_nothing() -> None:

@@ -9,8 +9,8 @@ from ranks import raised
 from torch import nn
 
 pytest.importorskip("transformers")
-from hf_models import VOCAB, Case, batch, built
-from transformers import Qwen3NextConfig
+from hf_models import SHAPE, VOCAB, Case, batch, built
+from transformers import Qwen3NextConfig, RobertaConfig, RobertaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 from ring_sp import ProcessGroupManager, masks
@@ -91,6 +91,11 @@ def test_a_model_that_cannot_ring_is_refused_by_name() -> None:
     model.model.conv = nn.Conv1d(4, 4, 3)
     assert "has Conv1d (model.conv)" in raised(use_ring_attention, model)
     del model.model.conv
+    shape: dict[str, Any] = {**SHAPE, "is_decoder": True}
+    roberta = RobertaConfig(**shape)
+    assert "positions from behind its padding" in raised(
+        use_ring_attention, RobertaForCausalLM(roberta)
+    )
     changes: list[tuple[str, Any, str]] = [
         ("layer_types", Qwen3NextConfig().layer_types, "no linear_attention layers"),
         ("layer_types", ["chunked_attention"], "no chunked_attention layers"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import or_masks
 
@@ -14,26 +15,35 @@ from ring_sp.masks import Mask, causal
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
+class Window(int):
+    """In place of a sliding window's mask: the keys that a query sees, its own included."""
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Window | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention over the ring of the batch's `ring_sp`.
 
     query is [B, H, local_len, D], key and value [B, Hkv, local_len, D]; returns [B, local_len, H,
     Dv], and no weights. Of `options` it follows scaling, sliding_window, softcap, s_aux, dropout
-    and is_causal. Collective over the ring. Raises ValueError without `ring_sp`, and for a mask or
-    options that belong into `HuggingFaceRing.batch`; NotImplementedError for a bias on the scores
-    and for attention weights.
+    and is_causal; under torch.autocast it computes in that dtype. Collective over the ring. Raises
+    ValueError without `ring_sp`, and for a mask or options that belong into
+    `HuggingFaceRing.batch`; NotImplementedError for a bias on the scores and for attention weights.
     """
     context = _context(module, options)
+    if isinstance(attention_mask, Window):
+        # Some layers know their window by the mask alone.
+        options["sliding_window"] = options.get("sliding_window") or attention_mask
+        attention_mask = None
     _refuse_options(module, attention_mask, options)
     _require_same_direction(module, context.sequence.mask, options)
     dropout: float = options.get("dropout") or 0.0
+    query, key, value = _autocast(query, key, value)
     out = ring_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -55,10 +65,11 @@ def mask_of(
     attention_mask: Tensor | None = None,
     config: Any = None,
     use_vmap: bool = False,
+    local_size: int | None = None,
     **_: Any,
-) -> Tensor | None:
-    """No mask tensor: the layers know the sequence. A 2-D mask goes on to `attend`, which refuses
-    it.
+) -> Tensor | Window | None:
+    """No mask tensor: the layers know the sequence. A window goes on to `attend`, as does a 2-D
+    mask, which it refuses.
 
     transformers calls it before the first layer. Raises NotImplementedError for models that
     cannot ring, and masks of a model's own, such as blocks of an image.
@@ -71,7 +82,19 @@ def mask_of(
             "the model adds to the causal mask by itself (such as blocks that see each other), "
             "which ring attention cannot tell: give it text alone"
         )
+    if attention_mask is None and local_size is not None:
+        return Window(local_size)
     return attention_mask
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of torch.autocast, as torch's own attention: rotary embeddings and norms leave
+    queries and keys in fp32, and values are not.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
 def _context(module: nn.Module, options: dict[str, Any]) -> RingContext:

@@ -32,8 +32,9 @@ class RingLoader:
     whose loaders are not touched. "turns": each rank reads batches of its own (a sampler over the
     whole world), and all of a ring train on one rank's after another's.
 
-    All rings get equally many. One whose batches end early gets its last again without labels,
-    which adds nothing to a mean over all tokens: none is dropped and none counts twice.
+    All rings get equally many. One whose batches end early gets its last again without labels, and
+    one without any another ring's, which adds nothing to a mean over all tokens: none is dropped
+    and none counts twice.
     """
 
     def __init__(
@@ -51,8 +52,7 @@ class RingLoader:
 
         Collective over data and sequence ranks, and so is each step of an iterator: on every rank
         it raises the errors of `ring.batch` on any, and ValueError for ranks of a ring whose
-        batches differ ("same") or do not ("turns"), and for rings without any batch. ValueError
-        for an unknown source.
+        batches differ ("same") or do not ("turns"). ValueError for an unknown source.
         """
         if source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {source!r}")
@@ -114,7 +114,10 @@ def ring_parts(
         batch = next(batches, None)
         offers = _offers(ring, _offer(batch, last, ring, inner))
         owners = _owners(offers, source, is_first)
-        turns, is_first = max(map(len, owners.values())), False
+        turns = max(map(len, owners.values()))
+        if is_first and turns and not all(owners.values()):
+            last = _lent(batch, offers, ring)
+        is_first = False
         own = owners[ring.manager.rank("data")]
         for turn in range(turns):
             if turn < len(own):
@@ -197,11 +200,6 @@ def _owners(offers: list[_Offer], source: str, is_first: bool) -> dict[int, list
         for data_rank, found in rings.items()
     }  # fmt: skip
     counts = {len(ranks) for ranks in owners.values()}
-    if is_first and 0 in counts and len(counts) > 1:
-        raise ValueError(
-            f"each ring needs a batch; data ranks {[r for r, x in owners.items() if not x]} have "
-            f"none. Use smaller batches, more data or fewer data ranks."
-        )
     if len(counts) > 1 and not all(offer.labelled for offer in offers):
         raise ValueError(
             "rings have different numbers of batches, and a batch without labels cannot be "
@@ -212,9 +210,19 @@ def _owners(offers: list[_Offer], source: str, is_first: bool) -> dict[int, list
 
 def _sent(batch: Batch | None, owner: int, ring: HuggingFaceRing) -> Batch:
     """The batch of one rank of the ring, on the CPU of each."""
-    group = ring.manager.group("sequence")
+    return _broadcast(batch, owner, ring, "sequence")
+
+
+def _lent(batch: Batch | None, offers: list[_Offer], ring: HuggingFaceRing) -> Batch:
+    """The first batch that a rank of any ring has, on the CPU of each."""
+    owner = next(rank for rank, offer in enumerate(offers) if offer.checksum is not None)
+    return _broadcast(batch, owner, ring, "data_sequence")
+
+
+def _broadcast(batch: Batch | None, owner: int, ring: HuggingFaceRing, axis: str) -> Batch:
+    group = ring.manager.group(axis)
     held = None
-    if ring.manager.rank("sequence") == owner:
+    if ring.manager.rank(axis) == owner:
         assert batch is not None
         held = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in batch.items()}
     sent = [held]

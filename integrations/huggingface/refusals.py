@@ -36,6 +36,11 @@ def refuse_model(model: nn.Module) -> None:
             f"ring attention serves models whose tokens meet in attention alone; this one has "
             f"{', '.join(sorted(found)[:4])}"
         )
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise NotImplementedError(
+            f"{type(model).__name__} counts positions from behind its padding token, as RoBERTa; a "
+            f"ring counts them from 0"
+        )
 
 
 def _of_config(config: Any) -> Iterator[str]:

@@ -49,16 +49,23 @@ def use_ring_attention(model: PreTrainedModel) -> Registration:
 
 @contextmanager
 def local_attention(
-    model: PreTrainedModel, implementation: str = "sdpa"
+    model: PreTrainedModel, implementation: str | None = None
 ) -> Iterator[PreTrainedModel]:
     """Inside the `with` block `model` attends in this process alone, over whole sequences with
     transformers' own masks and caches: to evaluate or to generate.
 
-    `implementation` is one that transformers has for the model; it raises ValueError if not.
+    `implementation` is one that transformers has for the model; it raises ValueError if not. By
+    default it is "sdpa", or "eager" for a model that sdpa cannot serve: transformers leaves out a
+    softcap there.
     """
     before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation(implementation or _local(model))
     try:
         yield model
     finally:
         model.set_attn_implementation(before)
+
+
+def _local(model: PreTrainedModel) -> str:
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and softcap is None else "eager"
