@@ -85,7 +85,7 @@ def mean_of_sums(
 
 def cross_entropy_mean(
     logits: Tensor,
-    shift_labels: Tensor,
+    shift_labels: Tensor | None,
     group: dist.ProcessGroup | None = None,
     averaged_over: int = 1,
     count: Tensor | None = None,
@@ -93,8 +93,10 @@ def cross_entropy_mean(
     """`token_mean` of the cross entropy, over the tokens whose label is not `IGNORE`.
 
     logits [B, S, V] and shift_labels int64 [B, S] are of this rank's tokens; ValueError if they are
-    not of the same. Computed in float32 at least. The rest as in `token_mean`.
+    not of the same, or missing. Computed in float32 at least. The rest as in `token_mean`.
     """
+    if shift_labels is None:
+        raise ValueError("a loss needs labels: give them in the batch before it is cut")
     if logits.shape[:-1] != shift_labels.shape:
         raise ValueError(
             f"logits [B, S, V] and shift_labels [B, S] must speak of the same tokens; got "

@@ -118,3 +118,8 @@ def test_the_cross_entropy_of_logits_is_wide_averaged_and_counted(dtype: torch.d
     assert (grad.double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps
     with pytest.raises(ValueError, match="the same tokens"):
         cross_entropy_mean(logits, labels[:, 1:])
+
+
+def test_missing_labels_are_named() -> None:
+    with pytest.raises(ValueError, match="needs labels"):
+        cross_entropy_mean(torch.zeros(1, 2, VOCAB), None)

@@ -65,7 +65,9 @@ class DeepSpeedRing:
             )
         return self.hugging_face.batch(batch, inner, dropout_seed)
 
-    def loss(self, logits: Tensor, shift_labels: Tensor, count: Tensor | None = None) -> Tensor:
+    def loss(
+        self, logits: Tensor, shift_labels: Tensor | None, count: Tensor | None = None
+    ) -> Tensor:
         """The mean cross entropy over the labelled tokens of all ranks, for `engine.backward`.
 
         logits [B, local_len, V] and shift_labels int64 [B, local_len] are of this rank's tokens

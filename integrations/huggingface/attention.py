@@ -92,7 +92,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     queries and keys in fp32, and values are not.
     """
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
@@ -104,7 +104,8 @@ def _context(module: nn.Module, options: dict[str, Any]) -> RingContext:
             f"{type(module).__name__} has attn_implementation 'ring_sp' and needs the batch's "
             f"sequence; got ring_sp={context!r}. Call model(**ring.batch(batch).inputs); to "
             f"evaluate or generate in one process, use `with local_attention(model):`; for parts "
-            f"that do not ring, set_attn_implementation({{'text_config': 'ring_sp'}})."
+            f"that do not ring, set_attn_implementation({{'text_config': 'ring_sp'}}). A model that "
+            f"does not hand keyword arguments on to its layers cannot ring."
         )
     return context
 

@@ -62,7 +62,7 @@ class HuggingFaceRing:
     def loss(
         self,
         logits: Tensor,
-        shift_labels: Tensor,
+        shift_labels: Tensor | None,
         averaged_over: int = 1,
         count: Tensor | None = None,
     ) -> Tensor:
