@@ -104,8 +104,8 @@ def _context(module: nn.Module, options: dict[str, Any]) -> RingContext:
             f"{type(module).__name__} has attn_implementation 'ring_sp' and needs the batch's "
             f"sequence; got ring_sp={context!r}. Call model(**ring.batch(batch).inputs); to "
             f"evaluate or generate in one process, use `with local_attention(model):`; for parts "
-            f"that do not ring, set_attn_implementation({{'text_config': 'ring_sp'}}). A model that "
-            f"does not hand keyword arguments on to its layers cannot ring."
+            f"that do not ring, set_attn_implementation({{'text_config': 'ring_sp'}}). A model "
+            f"that does not hand keyword arguments on to its layers cannot ring."
         )
     return context
 
