@@ -3,6 +3,7 @@ for it. `trainer` has the Trainer over a ring, which needs accelerate besides.
 """
 
 from ring_sp.integrations.huggingface.batch import RingBatch
+from ring_sp.integrations.huggingface.chunked_loss import ChunkedLoss
 from ring_sp.integrations.huggingface.feed_forward import use_blockwise
 from ring_sp.integrations.huggingface.loader import RingLoader
 from ring_sp.integrations.huggingface.registration import (
@@ -16,6 +17,7 @@ from ring_sp.integrations.huggingface.ring import HuggingFaceRing, RingContext
 
 __all__ = [
     "NAME",
+    "ChunkedLoss",
     "HuggingFaceRing",
     "Registration",
     "RingBatch",
