@@ -41,6 +41,7 @@ LAYERS = [
     "ulysses",
     "fit",
     "passes",
+    "kept",
     "operator",
     "attention",
     "logits",
