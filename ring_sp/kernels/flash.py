@@ -1,7 +1,5 @@
 """FlashAttention-2 as torch brings it: no package besides torch."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -41,19 +39,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Stat
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False),
         scale=scale,
-        **_unsplit(),
     )
     return out, lse
-
-
-@cache
-def _unsplit() -> dict[str, int]:
-    """Keys in one piece, where torch lets one say so. By itself it splits them in calls too small
-    to fill a GPU, as tests make; of some hundreds of those on an H200 (torch 2.11, a dozen other
-    processes on the GPU) two were wrong by 0.5, as others saw (pytorch/torchtitan#3235).
-    """
-    known = torch.ops.aten._flash_attention_forward.default._schema.arguments
-    return {"num_splits": 1} if any(x.name == "num_splits" for x in known) else {}
 
 
 def _differentiate(

@@ -88,10 +88,9 @@ def forward_kernel(
 ):
     """One block of rows of one head: heavy blocks of all heads come first."""
     q, k, v, out, lse, old = tensors
-    entries, offsets, order = table
     batch, heads, num_rows = sizes
     at = tl.program_id(0)
-    block = tl.load(order + at // (batch * heads))
+    block = tl.load(table[2] + at // (batch * heads))
     head, b, row_start = at % heads, at // heads % batch, block * ROWS
     kv_head, mine = head // GROUP, (b, head, row_start, num_rows)
     k, v = head_of(k, strides[1], b, kv_head), head_of(v, strides[2], b, kv_head)
@@ -114,8 +113,8 @@ def forward_kernel(
         top = tl.load(lse + line + rows, mask=rows < num_rows, other=float("-inf")) * LOG2E
         acc = load_block(old + of_out, row_start, (0, num_rows), stride, ROWS, V_DIM, BLOCK_V_DIM)
     total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for entry in range(tl.load(offsets + block), tl.load(offsets + block + 1)):
-        band, span = load_entry(entries, entry)
+    for entry in range(tl.load(table[1] + block), tl.load(table[1] + block + 1)):
+        band, span = load_entry(table[0], entry)
         for start in tl.range(span[1], span[2], COLS):
             keys = load_dense(k, k_tiles, (b, kv_head), start, strides[1][1], COLS, DIM, BLOCK_DIM)
             raw = raw_scores(queries, keys, factors[0], SOFTCAP)
@@ -162,6 +161,8 @@ def forward_kernel(
             )
     # Of a row that has seen nothing, top is -inf and total 0.
     total = tl.where(top == float("-inf"), 1.0, total)
+    # Warps may have read each other's rows of lse, which this overwrites.
+    tl.debug_barrier()
     store_block(
         out + of_out, acc / total[:, None], row_start, num_rows, stride, ROWS, V_DIM, BLOCK_V_DIM
     )

@@ -88,5 +88,7 @@ def fold_kernel(
         y = load_block(old, row, (0, last), strides[4][1], ROWS, DIM, BLOCK_DIM)
         x = (y * keep[:, None] + x * add[:, None]) / total[:, None]
         mine = top + tl.log2(total)
+    # Warps read each other's rows of lse, which this overwrites.
+    tl.debug_barrier()
     store_block(out + of_out, x, row, last, strides[2][1], ROWS, DIM, BLOCK_DIM)
     tl.store(at_lse, mine / LOG2E, mask=exist)

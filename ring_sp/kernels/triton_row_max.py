@@ -81,4 +81,6 @@ def row_max_kernel(
             scores = raw_scores(queries, keys, 1.0, False) * scale
             scores = tl.where(visible(rows, start, COLS, band, span), scores, float("-inf"))
             best = tl.maximum(best, tl.max(scores, 1))
+    # Warps may have read each other's rows, which this overwrites.
+    tl.debug_barrier()
     tl.store(top + line + rows, best, mask=rows < num_rows)
