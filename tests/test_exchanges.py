@@ -15,7 +15,7 @@ from ranks import groups, raised, sequence
 from ringed import Case, assert_exact, inputs, relative, repeats
 from visibility import cases
 
-from ring_sp import ProcessGroupManager, ShardedSequence, layout, ring_attention
+from ring_sp import ProcessGroupManager, ShardedSequence, layout, ring_attention, topology
 from ring_sp.exchanges import gathered
 from ring_sp.gather import default_sources
 from ring_sp.logits import max_logits
@@ -126,9 +126,17 @@ def refusals() -> list[str]:
     group = groups(ring=4).group("ring")
     assert group is not None
     build, from_group = ProcessGroupManager.build, ProcessGroupManager.from_group
+    spoken = AssertionError("refused after a rank has spoken")
+    with (
+        mock.patch.object(topology, "init_device_mesh", side_effect=spoken),
+        mock.patch.object(dist, "all_gather_object", side_effect=spoken),
+    ):
+        nested = [
+            raised(build, ring=2, outer=2, exchange="gather"),
+            raised(from_group, group, outer=2, exchange="gather:1"),
+        ]
     return [
-        raised(build, ring=2, outer=2, exchange="gather"),
-        raised(from_group, group, outer=2, exchange="gather:1"),
+        *nested,
         raised(build, ring=4, exchange="gather:0"),
         raised(build, ring=4, exchange="gather:-1"),
         raised(build, ring=4, exchange="gather:N"),

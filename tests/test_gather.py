@@ -215,6 +215,15 @@ def test_a_causal_zigzag_visit_is_at_most_two_full_tiles(
             assert tiles[-1].k_stop == shard_len(plan.own_visits[number][1])
 
 
+def test_a_window_over_several_sources_is_one_band() -> None:
+    for rank, gather in ((5, 2), (5, 4), (7, 7)):
+        topology = Topology(ring=Axis(rank, 8), gather=gather)
+        plan = ShardedSequence(80, topology, masks.sliding_window(35), "contiguous").plan()
+        for number in [*plan.own_visits][1:]:
+            (tile,) = plan.tiles(number)
+            assert (tile.q_start, tile.k_start) == (0, 0)
+
+
 @pytest.mark.parametrize("name", ["contiguous", "zigzag"])
 def test_of_a_window_only_what_it_reaches_travels(name: str) -> None:
     seq = ShardedSequence(80, Topology(ring=Axis(1, 4), gather=3), masks.sliding_window(3), name)
@@ -242,3 +251,26 @@ def test_what_is_sent_is_the_shortest_stretch_of_what_somebody_sees(name: str, g
             hit = [n for n, key in enumerate(columns) if any(sees(q, key) for q in rows)]
             wanted = range(hit[0], hit[-1] + 1) if hit else range(0)
             assert list(gathering.seen(rank, source)) == list(wanted)
+
+
+def sum_of_small_parts() -> list[float]:
+    """What comes home in bf16 to a rank from three others: 256, 1 and 1."""
+    axis = Axis(dist.get_rank(), 4, groups(ring=4).group("ring"))
+    shards = layout.contiguous(8, 4)
+    gathering = Gathering(axis, 2, shards, lambda *_: range(2))
+
+    def visit(tensor: Tensor, _: int) -> Tensor:
+        return torch.full_like(tensor, 256.0 if axis.rank == 0 else 1.0)
+
+    bf16, cpu = torch.bfloat16, torch.device("cpu")
+    message = Message(lambda _: 20, bf16, cpu, bf16, blocks=blocks)
+    total = gather_pass(torch.zeros(20, dtype=bf16), gathering, visit, message)
+    assert total is not None
+    return total.tolist()
+
+
+def test_parts_are_summed_in_float32_whatever_they_travel_in(
+    world: Callable[[int], World],
+) -> None:
+    mine, *others = world(4).run(sum_of_small_parts)
+    assert set(mine) == {3.0} and all(set(other) == {258.0} for other in others)
