@@ -13,12 +13,12 @@ from torch.distributed import DistError
 
 from ring_sp import bench, doctor, hardware, model_shape, paper
 from ring_sp.arithmetic import arithmetic
+from ring_sp.exchanges import EXCHANGES
 from ring_sp.group import alone_or_together
 from ring_sp.job import CHECKPOINTS, SHARDS, Job
 from ring_sp.layout import LAYOUTS
 from ring_sp.planner import Plan, plan
 from ring_sp.search import SPLIT
-from ring_sp.topology import EXCHANGES
 
 UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 MISTAKE, WRONG = 2, 1

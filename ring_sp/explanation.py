@@ -1,6 +1,5 @@
 """What a call of ring_attention gets: kernel, exchange, layout, and work and bytes of each rank."""
 
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -11,51 +10,14 @@ from torch import Tensor
 
 from ring_sp.fit import Options, fitting_call
 from ring_sp.kernels import KERNELS, choose
-from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.loads import Load, Messages, loads
 from ring_sp.passes import QueryWire, Setting, Wire, queries_travel, sums_dtype
-from ring_sp.plan import Plan
-from ring_sp.ring import DATA, SUMS, Path, paths
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import SEQUENCE, Topology
 from ring_sp.ulysses import kv_replication
 
-_COUNTS = {"tokens", "kv_tokens", "pairs", "tiles", "hops", "backward_hops"}
+_COUNTS = {"tokens", "kv_tokens", "pairs", "tiles", "visits", "hops", "backward_hops"}
 """The fields of Load that are no bytes."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What falls to one rank. Bytes are those that it sends to other ranks in one call."""
-
-    tokens: int
-    """Of its queries."""
-    kv_tokens: int
-    pairs: int
-    """Pairs of a query and a key that see each other, in each of the rank's heads."""
-    tiles: int
-    """Rectangles in which they lie: the smaller and the more, the slower for equal pairs."""
-    hops: int
-    """Messages that bring keys and values to the next rank."""
-    backward_hops: int
-    """Messages that bring what goes round in backward to the next rank."""
-    forward_kv: int
-    forward_heads: int
-    """In the all-to-alls of Ulysses."""
-    backward_data: int
-    """What goes round, see `Explanation.backward_travels`."""
-    backward_sums: int
-    """Gradients of what goes round, under way and home."""
-    backward_heads: int
-
-    @property
-    def forward_bytes(self) -> int:
-        """All bytes of the forward pass."""
-        return self.forward_kv + self.forward_heads
-
-    @property
-    def backward_bytes(self) -> int:
-        """All bytes of the backward pass."""
-        return self.backward_data + self.backward_sums + self.backward_heads
 
 
 @dataclass(frozen=True)
@@ -67,12 +29,14 @@ class Explanation:
     refusals: dict[str, str]
     """Why each kernel that cannot serve the call cannot, on this machine."""
     exchange: str
-    """Such as "one rank", "ring", "double ring", "all-to-all" or "all-to-all, ring"."""
+    """Such as "one rank", "ring", "double ring", "all-to-all", "all-to-all, ring" or "gather:2"."""
     sizes: dict[str, int]
     """Ranks along the axes "outer", "ring" and "ulysses"."""
     layout: str
     backward_travels: str
-    """What goes round in backward, "keys" or "queries", and their gradients: the fewer bytes."""
+    """What goes round in backward, "keys" or "queries", and their gradients: the fewer bytes, but
+    keys where sources are gathered.
+    """
     heads: int
     """Query heads of each rank, once Ulysses has traded heads for sequence."""
     kv_heads: int
@@ -105,7 +69,8 @@ class Explanation:
             f"kernel    {self.kernel or 'none: ring_attention raises ValueError'}",
             *(f"          {name} cannot: {reason}" for name, reason in self.refusals.items()),
             *(f"          {name} could, and was not chosen" for name in able),
-            f"exchange  {self.exchange} ({sizes}); {self.backward_travels} travel in backward",
+            f"exchange  {self.exchange} ({sizes}); {self.backward_travels} travel in backward"
+            + (", as queries are never gathered" if "gather" in self.exchange else ""),
             f"layout    {self.layout}; balance {self.balance:.3f}",
             f"heads     {self.heads} a rank, {self.kv_heads} of keys, each sent {self.kv_copies} x",
             "",
@@ -160,16 +125,17 @@ def explain(
     copies = kv_replication(q.shape[2], k.shape[2], peers)
     kv = Wire(q.shape[0], k.shape[2] * copies // peers, k.shape[3], v.shape[3])
     queries = QueryWire(q.shape[0], q.shape[2] // peers, q.shape[3], v.shape[3])
-    travels = topology.sums_dtype or sums_dtype(q.dtype, topology.ring_size)
+    plan = sequence.plan(keys)
+    travels = topology.sums_dtype or sums_dtype(q.dtype, plan)
     turned = kernel is not None and queries_travel(
         queries,
         kv,
-        Setting(sequence.plan(keys), KERNELS[kernel], call.scale, asked.softcap),
+        Setting(plan, KERNELS[kernel], call.scale, asked.softcap),
         q.dtype.itemsize,
         travels.itemsize,
     )
     lse_gradient = asked.return_lse or sinks is not None
-    messages = _Messages(kv, queries, q.dtype, travels, turned, lse_gradient)
+    messages = Messages(kv, queries, q.dtype, travels, turned, lse_gradient)
     layouts = dict.fromkeys(map(str, (sequence.layout, keys.layout)))
     return Explanation(
         kernel=kernel,
@@ -181,85 +147,8 @@ def explain(
         heads=queries.heads,
         kv_heads=kv.kv_heads,
         kv_copies=copies,
-        loads=tuple(_loads(sequence, keys, messages)),
+        loads=tuple(loads(sequence, keys, messages)),
     )
-
-
-@dataclass(frozen=True)
-class _Messages:
-    """What travels: a station's keys and values and its queries, of a dtype, and the sums of
-    another; whether the queries go round in backward, and whether lse has a gradient.
-    """
-
-    kv: Wire
-    queries: QueryWire
-    dtype: torch.dtype
-    sums_dtype: torch.dtype
-    turned: bool
-    lse_gradient: bool
-
-    def ringed(self, path: Path, plan: Plan, turned: bool) -> dict[int, list[int]]:
-        """Bytes of each message with DATA, and of each with SUMS, in a pass with sums."""
-        size, sums_size = self.dtype.itemsize, self.sums_dtype.itemsize
-        sent: dict[int, list[int]] = {DATA: [], SUMS: []}
-        for tag, source in path.sent():
-            q_len, kv_len = plan.q_lens[source], plan.kv_lens[source]
-            if turned and tag == DATA:
-                num_bytes = self.queries.numel(q_len, size)
-            elif turned:
-                num_bytes = self.queries.dq_numel(q_len) * sums_size
-            else:
-                num_bytes = self.kv.numel(kv_len) * (size if tag == DATA else sums_size)
-            sent[tag].append(num_bytes)
-        return sent
-
-    def traded(self, q_tokens: tuple[int, int], kv_tokens: tuple[int, int]) -> tuple[int, int]:
-        """Bytes in the all-to-alls of forward and backward, of tokens that go to heads and of
-        tokens that go to the sequence.
-        """
-        kv, size = self.kv, self.dtype.itemsize
-        queries = kv.batch * self.queries.heads * kv.head_dim * size
-        results = kv.batch * self.queries.heads * kv.v_head_dim * size
-        lse = kv.batch * self.queries.heads * accumulation_dtype(self.dtype).itemsize
-        dlse = lse if self.lse_gradient else 0
-        keys = kv.numel(1) * size
-        (q_there, q_back), (kv_there, kv_back) = q_tokens, kv_tokens
-        return (
-            q_there * queries + kv_there * keys + q_back * (results + lse),
-            q_there * (results + dlse) + q_back * queries + kv_back * keys,
-        )
-
-
-def _loads(sequence: ShardedSequence, keys: ShardedSequence, messages: _Messages) -> Iterator[Load]:
-    plan, topology = sequence.plan(keys), sequence.topology
-    back = plan.turned if messages.turned else plan
-    sizes = tuple(axis.size for axis in topology.rings)
-    ways = zip(paths(sizes, plan.needs), paths(sizes, back.needs), strict=True)
-    for station, (path, path_back) in enumerate(ways):
-        tiles = [tile for source in range(plan.stations) for tile in plan.meet(station, source)]
-        sent = messages.ringed(path, plan, False)[DATA]
-        sent_back = messages.ringed(path_back, plan, messages.turned)
-        peers = topology.ulysses.size
-        at = slice(station * peers, (station + 1) * peers)
-        for own, kv_own in zip(sequence.lens[at], keys.lens[at], strict=True):
-            # A rank sends its tokens to each other peer, and gets back what it computed for them.
-            forward_heads, backward_heads = messages.traded(
-                ((peers - 1) * own, sum(sequence.lens[at]) - own),
-                ((peers - 1) * kv_own, sum(keys.lens[at]) - kv_own),
-            )
-            yield Load(
-                tokens=own,
-                kv_tokens=kv_own,
-                pairs=sum(tile.area for tile in tiles),
-                tiles=len(tiles),
-                hops=len(sent),
-                backward_hops=len(sent_back[DATA]),
-                forward_kv=sum(sent),
-                forward_heads=forward_heads,
-                backward_data=sum(sent_back[DATA]),
-                backward_sums=sum(sent_back[SUMS]),
-                backward_heads=backward_heads,
-            )
 
 
 def _device_type(named: str) -> str:
@@ -271,7 +160,8 @@ def _device_type(named: str) -> str:
 
 def _exchange(topology: Topology) -> str:
     ring = ("", "ring", "double ring")[len(topology.rings)]
-    ring += " by copies" if any(axis.memory for axis in topology.rings) else ""
+    ring += " by copies" if topology.exchange == "copies" else ""
+    ring = ring if topology.gather is None else topology.exchange
     trade = "all-to-all" if topology.ulysses.size > 1 else ""
     return ", ".join(filter(None, (trade, ring))) or "one rank"
 

@@ -197,15 +197,15 @@ def _check_sequences(sequence: ShardedSequence, keys: ShardedSequence) -> None:
             f"the mask {sequence.mask} of the queries' sequence rules over both; the {keys.mask} "
             f"of kv_sequence would be ignored. Leave it out, and say the mask there."
         )
-    for source in range(sequence.topology.ring_size):
-        sequence.plan(keys).tiles(source)
+    plan = sequence.plan(keys)
+    for number in plan.own_visits:
+        plan.tiles(number)
 
 
 def _check_exchange(q: Tensor, sequence: ShardedSequence, options: Options) -> None:
     topology, dtype = sequence.topology, q.dtype
     sums_dtype = topology.sums_dtype
-    copies = any(axis.memory for axis in topology.rings)
-    if copies and q.device.type not in {"cuda", "meta"}:
+    if topology.exchange == "copies" and q.device.type not in {"cuda", "meta"}:
         raise ValueError(
             f"a topology built with exchange='copies' moves tensors on GPUs; got {q.device}"
         )

@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 
+from ring_sp.exchanges import gathered
 from ring_sp.explanation import Explanation, explain
 from ring_sp.hardware import Hardware
 from ring_sp.layout import whole_number
@@ -97,6 +98,10 @@ def refuse(job: Job, choice: Choice) -> str | None:
             job.seq_len >= choice.sequence,
             f"{choice.sequence} ranks of sequence need as many tokens",
         ),
+        (
+            not choice.exchange.startswith("gather") or min(choice.outer, choice.ring) == 1,
+            "a gather is for one ring, not for a ring of rings",
+        ),
     )
     return next((reason for met, reason in needs if not met), None)
 
@@ -108,22 +113,23 @@ def explained(job: Job, choice: Choice) -> Explanation:
     Whether queries or keys go round in backward is that of a kernel that needs no out, as flash4
     and triton.
     """
-    model, sizes = job.model, (choice.outer, choice.ring, choice.ulysses)
+    model = job.model
+    axes = Axis(0, choice.outer), Axis(0, choice.ring), Axis(0, choice.ulysses)
+    topology = Topology(*axes, gather=gathered(choice.exchange, choice.stations))
     heads = model.heads // choice.tensor, model.kv_heads // choice.tensor
-    return _explained(job.seq_len, sizes, choice.layout, heads, model.head_dim)
+    return _explained(job.seq_len, topology, choice.layout, heads, model.head_dim)
 
 
 @cache
-def _sequence(seq_len: int, sizes: tuple[int, ...], layout: str) -> ShardedSequence:
-    outer, ring, ulysses = (Axis(0, size) for size in sizes)
-    return ShardedSequence(seq_len, Topology(outer, ring, ulysses), layout=layout)
+def _sequence(seq_len: int, topology: Topology, layout: str) -> ShardedSequence:
+    return ShardedSequence(seq_len, topology, layout=layout)
 
 
 @cache
 def _explained(
-    seq_len: int, sizes: tuple[int, ...], layout: str, heads: tuple[int, int], head_dim: int
+    seq_len: int, topology: Topology, layout: str, heads: tuple[int, int], head_dim: int
 ) -> Explanation:
-    sequence = _sequence(seq_len, sizes, layout)
+    sequence = _sequence(seq_len, topology, layout)
     q, k = (
         torch.empty(1, sequence.local_len, n, head_dim, dtype=torch.bfloat16, device="meta")
         for n in heads

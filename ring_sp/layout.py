@@ -155,10 +155,20 @@ def joined(shard: Shard) -> Shard:
     return tuple(found)
 
 
+def part(shard: Shard, start: int, stop: int) -> Shard:
+    """The positions at the slots `start` to `stop` - 1 of a shard."""
+    offsets = accumulate(map(len, shard), initial=0)
+    cuts = (
+        span[max(start - at, 0) : max(stop - at, 0)]
+        for span, at in zip(shard, offsets, strict=False)
+    )
+    return tuple(span for span in cuts if span)
+
+
 def split(shard: Shard, parts: int) -> tuple[Shard, ...]:
     """Cut a shard into `parts` consecutive pieces of its own storage order (for Ulysses peers)."""
     stretches = _stretches(_even(shard_len(shard), parts))
-    return tuple(_take(shard, stretch.start, stretch.stop) for stretch in stretches)
+    return tuple(part(shard, stretch.start, stretch.stop) for stretch in stretches)
 
 
 def _even(total: int, parts: int) -> list[int]:
@@ -188,13 +198,3 @@ def _held(owners: Sequence[int], lens: Sequence[Sequence[int]]) -> tuple[Shard, 
         start, stop = stop, stop + next(left[owner])
         held[owner].append(range(start, stop))
     return tuple(joined(tuple(shard)) for shard in held)
-
-
-def _take(shard: Shard, start: int, stop: int) -> Shard:
-    """The slots `start` to `stop` of a shard."""
-    offsets = accumulate(map(len, shard), initial=0)
-    cuts = (
-        span[max(start - at, 0) : max(stop - at, 0)]
-        for span, at in zip(shard, offsets, strict=False)
-    )
-    return tuple(span for span in cuts if span)

@@ -10,7 +10,7 @@ from ring_sp.kernels import row_max
 from ring_sp.kernels.contract import Step, accumulation_dtype
 from ring_sp.operator import dense, rows_first, typed
 from ring_sp.plan import Plan
-from ring_sp.ring import Message, ring_pass
+from ring_sp.ring import Message
 from ring_sp.sequence import ShardedSequence, numbered
 from ring_sp.ulysses import kv_replication, to_heads, to_sequence
 
@@ -83,13 +83,18 @@ def _row_max(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Tensor:
     batch, num_rows, heads, _ = q.shape
     top = q.new_full((batch, heads, num_rows), -torch.inf, dtype=accumulation_dtype(q.dtype))
 
-    def visit(seen: Tensor, source: int) -> None:
-        step = Step(plan.tiles(source), scale, derived=plan.derived[source])
-        theirs = seen.view(batch, plan.kv_lens[source], *k.shape[2:])
+    def visit(seen: Tensor, number: int) -> None:
+        step = Step(plan.tiles(number), scale, derived=plan.derived[number])
+        theirs = seen.view(batch, -1, *k.shape[2:])
         with torch.autocast(seen.device.type, enabled=False):
             row_max.fold(q, theirs, step, top)
 
-    per_key = batch * k.shape[2] * k.shape[3]
-    message = Message(lambda source: plan.kv_lens[source] * per_key, k.dtype, k.device)
-    ring_pass(k.flatten(), plan.path, visit, message)
+    per_key = k.shape[2] * k.shape[3]
+    message = Message(
+        lambda source: batch * plan.kv_lens[source] * per_key,
+        k.dtype,
+        k.device,
+        blocks=lambda tensor: [tensor.view(batch, -1, per_key)],
+    )
+    plan.show(k.flatten(), visit, message)
     return top

@@ -1,5 +1,6 @@
 """One pass round the ring with a kernel: attention forward, and its gradients backward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -12,7 +13,10 @@ from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_stat
 from ring_sp.kernels.delta import delta
 from ring_sp.kernels.dropout import Dropout
 from ring_sp.plan import Plan
-from ring_sp.ring import Message, ring_pass
+from ring_sp.ring import Message, Visit
+
+Exchange = Callable[[Tensor, Visit, Message], Tensor | None]
+"""What `Plan.show` does."""
 
 
 class Drops(NamedTuple):
@@ -36,15 +40,22 @@ class Setting:
     sums_dtype: torch.dtype | None = None
     """In which sums of gradients travel, if somebody asked."""
     drops: Drops | None = None
+    exchange: Exchange | None = None
+    """Another than the plan's: how to play ranks that are not there."""
 
-    def step(self, source: int) -> Step:
+    def step(self, number: int) -> Step:
+        """That of a visit."""
         plan, drops = self.plan, self.drops
-        final, derived = source == plan.final, plan.derived[source]
+        final, derived = number == plan.final, plan.derived[number]
         dropout = None
         if drops is not None:
-            places = plan.positions(source, drops.device)
+            places = plan.positions(number, drops.device)
             dropout = Dropout(drops.p, drops.seed, *places, drops.first_head, drops.num_heads)
-        return Step(plan.tiles(source), self.scale, self.softcap, final, dropout, derived)
+        return Step(plan.tiles(number), self.scale, self.softcap, final, dropout, derived)
+
+    def show(self, x: Tensor, visit: Visit, message: Message) -> Tensor | None:
+        """See `Plan.show`."""
+        return (self.exchange or self.plan.show)(x, visit, message)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,23 @@ class Wire:
         )
         shape = (self.batch, kv_len, self.kv_heads, -1)
         return k.view(shape), v.view(shape)
+
+    def blocks(self, message: Tensor) -> list[Tensor]:
+        """Views of a message as [rows, S, elements], K's rows and then V's; one where they are
+        alike.
+        """
+        kv_len, rows = message.numel() // self.numel(1), self.batch
+        if self.head_dim == self.v_head_dim:
+            return [message.view(2 * rows, kv_len, -1)]
+        return [x.flatten(2) for x in self.split(message)]
+
+    def message(self, kv: Tensor, plan: Plan, sums_dtype: torch.dtype | None = None) -> Message:
+        """What a pass shows of keys and values."""
+
+        def numel(source: int) -> int:
+            return self.numel(plan.kv_lens[source])
+
+        return Message(numel, kv.dtype, kv.device, sums_dtype, blocks=self.blocks)
 
 
 @dataclass(frozen=True)
@@ -140,7 +168,8 @@ def queries_travel(
     queries: QueryWire, keys: Wire, setting: Setting, itemsize: int, sums_itemsize: int
 ) -> bool:
     """Whether the backward moves fewer bytes if queries go round instead of keys: with as many key
-    heads as query heads it does, with half as many it does not.
+    heads as query heads it does, with half as many it does not. Where sources are gathered they do
+    not travel.
     """
     plan = setting.plan
     by_queries = sum(
@@ -148,23 +177,23 @@ def queries_travel(
         for q_len in plan.q_lens
     )
     by_keys = sum(keys.numel(kv_len) * (itemsize + sums_itemsize) for kv_len in plan.kv_lens)
-    return plan.stations > 1 and not setting.kernel.NEEDS_OUT and by_queries < by_keys
+    able = plan.gathering is None and plan.stations > 1 and not setting.kernel.NEEDS_OUT
+    return able and by_queries < by_keys
 
 
 def attend(q: Tensor, kv: Tensor, wire: Wire, setting: Setting) -> State:
     """out [B, Sq, H, Dv] in q's dtype and lse [B, H, Sq], over the keys of all stations; `kv` is
     this station's.
     """
-    plan, state = setting.plan, None
+    state: State | None = None
 
-    def visit(seen: Tensor, source: int) -> None:
+    def visit(seen: Tensor, number: int) -> None:
         nonlocal state
         keys, values = wire.split(seen)
         with torch.autocast(seen.device.type, enabled=False):
-            state = setting.kernel.forward(q, keys, values, setting.step(source), state)
+            state = setting.kernel.forward(q, keys, values, setting.step(number), state)
 
-    message = Message(lambda source: wire.numel(plan.kv_lens[source]), kv.dtype, kv.device)
-    ring_pass(kv, plan.path, visit, message)
+    setting.show(kv, visit, wire.message(kv, setting.plan))
     return state or empty_state(q, wire.v_head_dim)
 
 
@@ -175,16 +204,17 @@ def gradients(
 
     Keys go round, with the sums of their gradients; or queries, if that is fewer bytes.
     """
-    travels = setting.sums_dtype or sums_dtype(q.dtype, setting.plan.stations)
+    travels = setting.sums_dtype or sums_dtype(q.dtype, setting.plan)
     if queries_travel(QueryWire.of(q, wire), wire, setting, q.dtype.itemsize, travels.itemsize):
         return _by_queries(q, kv, wire, rows, setting, travels)
     return _by_keys(q, kv, wire, rows, setting, travels)
 
 
-def sums_dtype(dtype: torch.dtype, stations: int) -> torch.dtype:
+def sums_dtype(dtype: torch.dtype, plan: Plan) -> torch.dtype:
     """In which dtype the sums of gradients travel, for q of `dtype`."""
-    # Where only one other rank adds, its part is rounded but once.
-    return accumulation_dtype(dtype) if stations > 2 else dtype
+    # Where only one other rank adds, or each sends its own part, a part is rounded but once.
+    once = plan.stations <= 2 or plan.gathering is not None
+    return dtype if once else accumulation_dtype(dtype)
 
 
 def _by_keys(
@@ -196,19 +226,18 @@ def _by_keys(
     dq: Tensor | None = None
     kept: Tensor | None = None
 
-    def visit(seen: Tensor, source: int) -> Tensor:
+    def visit(seen: Tensor, number: int) -> Tensor:
         nonlocal dq, kept
-        own = source == plan.rank
+        own = number == plan.rank
         dkv = torch.empty_like(seen, dtype=own_dtype if own else other_dtype)
         with torch.autocast(seen.device.type, enabled=False):
             dq = setting.kernel.backward(
-                q, wire.split(seen), rows, setting.step(source), dq, wire.split(dkv)
+                q, wire.split(seen), rows, setting.step(number), dq, wire.split(dkv)
             )
         kept = dkv if own else kept
         return dkv
 
-    message = Message(lambda source: wire.numel(plan.kv_lens[source]), kv.dtype, kv.device, travels)
-    others = ring_pass(kv, plan.path, visit, message)
+    others = setting.show(kv, visit, wire.message(kv, plan, travels))
     return torch.zeros_like(q) if dq is None else dq, _sum(kv, kept, others)
 
 
@@ -247,7 +276,7 @@ def _by_queries(
         travels,
         lambda source: queries.dq_numel(plan.q_lens[source]),
     )
-    others = ring_pass(queries.join(q, rows), plan.path, visit, message)
+    others = turned.show(queries.join(q, rows), visit, message)
     dq = _sum(q, kept, None if others is None else others.view(q.shape))
     return dq, torch.zeros_like(kv) if dkv is None else dkv
 

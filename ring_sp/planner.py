@@ -96,9 +96,11 @@ def _rules(best: Estimate) -> dict[str, str]:
         if choice.tensor * choice.sequence > job.hardware.gpus_per_host
         else "between two GPUs copies were no faster"
     )
+    gather = "asked for; not measured on more than two GPUs, so never chosen unasked"
+    exchanges = {"copies": copies, "messages": messages}
     return {
         "layout": f"balance of the causal mask: {layout}",
-        "exchange": copies if choice.exchange == "copies" else messages,
+        "exchange": exchanges.get(choice.exchange, gather),
     }
 
 

@@ -55,8 +55,12 @@ class Transfer:
     def receive(self, room: Room, source: int, _slot: int) -> Tensor:
         """A tensor whose content is undefined until `wait`."""
         tensor = torch.empty(room.numel, dtype=room.dtype, device=room.device)
-        self._add(dist.irecv, tensor, source)
+        self.fill(tensor, source)
         return tensor
+
+    def fill(self, tensor: Tensor, source: int) -> None:
+        """Receive into a dense tensor."""
+        self._add(dist.irecv, tensor, source)
 
     def start(self) -> "Transfer":
         if self._ops:
@@ -78,7 +82,8 @@ class Transfer:
 @dataclass(frozen=True)
 class Message:
     """What goes round: elements of the 1-D tensor of each source, its dtype and device; the dtype
-    of the sums, and their elements if they are not as many.
+    of the sums, and their elements if they are not as many. `blocks` are views of a tensor, or of
+    its sums, as [rows, tokens, elements]: for an exchange that sends some tokens of it.
     """
 
     numel: Callable[[int], int]
@@ -86,6 +91,7 @@ class Message:
     device: torch.device
     sums_dtype: torch.dtype | None = None
     sums_numel: Callable[[int], int] | None = None
+    blocks: Callable[[Tensor], list[Tensor]] | None = None
 
     def numbered(self, source_of: Callable[[int], int]) -> "Message":
         """The same with other numbers for the sources."""

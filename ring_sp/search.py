@@ -1,15 +1,15 @@
 """Every way to spread a job over its GPUs, and the best of them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from itertools import product
 from typing import Any
 
 from ring_sp.estimate import Estimate, estimate
+from ring_sp.exchanges import EXCHANGES
 from ring_sp.job import CHECKPOINTS, SHARDS, Choice, Job, refuse
 from ring_sp.layout import LAYOUTS
 from ring_sp.linear_loss import LOGITS
-from ring_sp.topology import EXCHANGES
 
 FF_CHUNK = 4096
 """Tokens of a chunk of the feed-forward where one is wanted: products large enough to be fast."""
@@ -46,7 +46,8 @@ def _complexity(each: Estimate) -> tuple[float, ...]:
 
 def check_fixed(fixed: dict[str, Any]) -> None:
     """Raise ValueError for fields that `Choice` has not, or values that a field cannot have."""
-    names = {"checkpoint": CHECKPOINTS, "shard": SHARDS, "layout": LAYOUTS, "exchange": EXCHANGES}
+    names: dict[str, Collection[str]] = {"checkpoint": CHECKPOINTS, "shard": SHARDS}
+    names |= {"layout": LAYOUTS, "exchange": EXCHANGES}
     unknown = fixed.keys() - {field.name for field in fields(Choice)}
     if unknown:
         raise ValueError(f"a choice has {[f.name for f in fields(Choice)]}; got {sorted(unknown)}")

@@ -122,14 +122,17 @@ class ShardedSequence:
         """
         keys = kv_sequence or self
         if keys not in self._plans:
-            rings = self.topology.rings
-            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, rings)
+            how = self.topology.rings, self.topology.gather
+            self._plans[keys] = Plan(self.ring_shards, keys.ring_shards, self._regions, *how)
         return self._plans[keys]
 
     @cached_property
     def place(self) -> str:
-        """Itself in words that two ranks with different masks or layouts will hardly share."""
-        return f"{self}, checksum {crc32(repr((self.mask, self.layout)).encode())}"
+        """Itself in words that two ranks with different masks, layouts or exchanges will hardly
+        share.
+        """
+        checksum = crc32(repr((self.mask, self.layout)).encode())
+        return f"{self}, by {self.topology.exchange}, checksum {checksum}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardedSequence, (self.seq_len, self.topology, self.mask, self.layout)

@@ -4,7 +4,7 @@ Counted from what autograd keeps of a layer of bf16 products, RMSNorm and SwiGLU
 and in `ring_sp`, checked against a measured peak in tests/test_planner.py.
 """
 
-from ring_sp.explanation import Explanation, Load
+from ring_sp.explanation import Explanation
 from ring_sp.job import Choice, Job
 from ring_sp.model_shape import ModelShape
 
@@ -31,7 +31,7 @@ def memory(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
         attention_work(model, choice) * tokens / choice.tensor,
         _ff_work(model, choice, tokens) / choice.tensor,
         _logits(model, choice, tokens),
-        _buffers(told.loads[0], choice),
+        _buffers(told, choice),
     )
     return dict(zip(STATE_PARTS + WORK_PARTS, parts, strict=True))
 
@@ -107,11 +107,12 @@ def _logits(model: ModelShape, choice: Choice, tokens: int) -> float:
     return 6 * words * chunk + GRADIENT * words * model.hidden + 2 * model.hidden * tokens
 
 
-def _buffers(load: Load, choice: Choice) -> float:
+def _buffers(told: Explanation, choice: Choice) -> float:
     """Bytes of messages in a backward: what is visited and what arrives, of sums what arrived, what
     goes on and what is added; for each of nested rings.
     """
     if choice.stations == 1:
         return 0
-    hops, rings = max(load.backward_hops, 1), 2 if min(choice.outer, choice.ring) > 1 else 1
-    return rings * (2 * load.backward_data + 3 * load.backward_sums) / hops
+    load, visits = told.loads[0], max(load.visits for load in told.loads)
+    rings = 2 if min(choice.outer, choice.ring) > 1 else 1
+    return rings * (2 * load.backward_data + 3 * load.backward_sums) / max(visits - 1, 1)

@@ -73,7 +73,8 @@ class Pass:
 def passes(job: Job, choice: Choice, told: Explanation) -> tuple[Pass, Pass]:
     """The forward and the backward of a layer's attention."""
     load = max(told.loads, key=lambda load: load.pairs)
-    model, hardware, hops = job.model, job.hardware, max(load.hops for load in told.loads)
+    model, hardware = job.model, job.hardware
+    hops = max(load.visits for load in told.loads) - 1
     small = SMALL_HEAD_SHARE if model.head_dim <= 64 else 1.0
     width, reach = told.heads * model.head_dim, choice.tensor * choice.ulysses
     elements = load.tokens * choice.ulysses * width

@@ -10,15 +10,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ring_sp.exchanges import check_exchange, gathered, refuse_nested
 from ring_sp.layout import whole_number
 from ring_sp.ring import Axis
 from ring_sp.symmetric import Memory, check
 
 AXES = ("pipeline", "data", "outer", "ring", "ulysses", "tensor")
 """The axes of a world, slowest first: Megatron's rank order, tensor ranks adjacent."""
-
-EXCHANGES = ("messages", "copies")
-"""How a ring moves tensors."""
 
 SEQUENCE = ("outer", "ring", "ulysses")
 """The axes over which one sequence is spread."""
@@ -40,8 +38,21 @@ class Topology:
     group: dist.ProcessGroup | None = None
     sums_dtype: torch.dtype | None = None
     """In which sums of gradients travel, if it is not for the ring to choose."""
+    gather: int | None = None
+    """Sources whose keys a visit sees together; None for a ring, which shows one at a time."""
     agreements: dict[str, None] = field(default_factory=dict, compare=False, repr=False)
     """What its ranks have agreed on, oldest first; see agreement.py."""
+
+    def __post_init__(self) -> None:
+        if self.gather:
+            refuse_nested(self.outer.size, self.ring.size)
+
+    @property
+    def exchange(self) -> str:
+        """How tensors reach other stations: one of `exchanges.EXCHANGES`."""
+        if self.gather is not None:
+            return f"gather:{self.gather}"
+        return "copies" if any(axis.memory for axis in self.rings) else "messages"
 
     @property
     def size(self) -> int:
@@ -79,9 +90,8 @@ class ProcessGroupManager:
     ) -> None:
         self.topology = topology
         """What `ShardedSequence` needs to know."""
-        self.mesh = mesh
+        self.mesh, self._axes = mesh, axes
         """The DeviceMesh with dimensions `AXES`; None where a host's group was subdivided."""
-        self._axes = axes
 
     @classmethod
     def build(
@@ -102,20 +112,16 @@ class ProcessGroupManager:
         `device_type` is that of the tensors to send: by default "cuda" where there is one and the
         default group serves it, else "cpu". `exchange` is how rings move tensors: in "messages" of
         their groups' backend, or in "copies" by the GPUs' copy engines into memory of their own,
-        where all GPUs of a ring are in one host (symmetric.py). `sums_dtype` is that of gradients
-        under way: q's or float32, by default q's between two ranks and float32 among more. Without
-        torch.distributed the world is one process. Raises ValueError, before any communication,
-        for an unknown exchange, sizes below 1 or that do not divide the world, and
-        NotImplementedError where copies cannot be.
+        where all GPUs of a ring are in one host (symmetric.py); or in no ring: "gather:N" is in
+        messages of N sources at a time, by default `default_sources` (gather.py). `sums_dtype` is
+        that of gradients under way: q's or float32, by default float32 in rings of more than two.
+        Without torch.distributed the world is one process. Raises ValueError, before any
+        communication, for an unknown exchange, sizes below 1 or that do not divide the world, and
+        NotImplementedError where copies cannot be and for gathers over rings of rings.
         """
-        _check_exchange(exchange)
-        sizes = {
-            "pipeline": pipeline,
-            "outer": outer,
-            "ring": ring,
-            "ulysses": ulysses,
-            "tensor": tensor,
-        }
+        check_exchange(exchange, outer, ring)
+        names = [name for name in AXES if name != "data"]
+        sizes = dict(zip(names, (pipeline, outer, ring, ulysses, tensor), strict=True))
         shape = grid_shape(dist.get_world_size() if dist.is_initialized() else 1, sizes)
         if not dist.is_initialized():
             return cls(Topology(), {name: Axis() for name in (*AXES, "sequence", "data_sequence")})
@@ -148,9 +154,8 @@ class ProcessGroupManager:
         call it at one point, each with its own group; else it communicates with nobody but, for
         copies, the group. `exchange` and `sums_dtype` as in `build`. Raises ValueError, before any
         communication, for an unknown exchange, sizes below 1 or that do not divide the group, and
-        NotImplementedError where copies cannot be.
+        NotImplementedError as `build`.
         """
-        _check_exchange(exchange)
         ranks = dist.get_process_group_ranks(group)
         for name, size in (("ulysses", ulysses), ("outer", outer)):
             _check_size(name, size)
@@ -160,6 +165,7 @@ class ProcessGroupManager:
                 f"ulysses {ulysses} does not divide. Choose sizes whose product divides it."
             )
         shape = (outer, len(ranks) // (outer * ulysses), ulysses)
+        check_exchange(exchange, *shape[:2])
         if exchange == "copies":
             rings = [ring for dim in RINGS for ring in grid_groups(shape, [SEQUENCE.index(dim)])]
             # All ranks of the world make the parts of a group: none may raise alone.
@@ -170,7 +176,7 @@ class ProcessGroupManager:
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """This rank's group of an axis of `AXES`, of "sequence", or of "data_sequence" (where
-        gradients are reduced); None for the one process of a world without torch.distributed.
+        gradients are reduced); None for a process without torch.distributed.
         """
         return self._axis(name).group
 
@@ -223,22 +229,19 @@ def _axis(group: dist.ProcessGroup) -> Axis:
     return Axis(dist.get_rank(group), dist.get_world_size(group), group)
 
 
-def _check_exchange(exchange: str) -> None:
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}; got {exchange!r}")
+def _topology(axes: dict[str, Axis], exchange: str, sums_dtype: torch.dtype | None) -> Topology:
+    outer, ring = (axes[name] for name in RINGS)
+    if exchange == "copies":
+        nested = min(outer.size, ring.size) > 1
+        outer, ring = (_with_memory(axis, nested) for axis in (outer, ring))
+    gather = gathered(exchange, outer.size * ring.size)
+    return Topology(outer, ring, axes["ulysses"], axes["sequence"].group, sums_dtype, gather)
 
 
-def _exchanging(axis: Axis, exchange: str, nested: bool) -> Axis:
-    """The axis with the memory that an exchange needs."""
-    if exchange == "messages" or axis.group is None or axis.size == 1:
+def _with_memory(axis: Axis, nested: bool) -> Axis:
+    if axis.group is None or axis.size == 1:
         return axis
     return replace(axis, memory=Memory(axis.group, nested))
-
-
-def _topology(axes: dict[str, Axis], exchange: str, sums_dtype: torch.dtype | None) -> Topology:
-    nested = axes["outer"].size > 1 and axes["ring"].size > 1
-    outer, ring = (_exchanging(axes[name], exchange, nested) for name in RINGS)
-    return Topology(outer, ring, axes["ulysses"], axes["sequence"].group, sums_dtype)
 
 
 def _device_type() -> str:

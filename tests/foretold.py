@@ -43,6 +43,7 @@ def station(sizes: dict[str, int], rank: int) -> Topology:
         Axis(rank // ulysses // ring, outer),
         Axis(rank // ulysses % ring, ring),
         Axis(rank % ulysses, ulysses),
+        gather=sizes.get("gather"),
     )
 
 

@@ -8,10 +8,15 @@ from ring_sp import ProcessGroupManager
 
 @cache
 def groups(
-    tensor: int = 1, ring: int = 1, ulysses: int = 1, outer: int = 1, copies: int = 0
+    tensor: int = 1,
+    ring: int = 1,
+    ulysses: int = 1,
+    outer: int = 1,
+    copies: int = 0,
+    gather: int = 0,
 ) -> ProcessGroupManager:
     """The groups of this world with these sizes, built once a process."""
-    exchange = "copies" if copies else "messages"
+    exchange = f"gather:{gather}" if gather else "copies" if copies else "messages"
     return ProcessGroupManager.build(
         tensor=tensor, ring=ring, ulysses=ulysses, outer=outer, exchange=exchange
     )

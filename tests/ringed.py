@@ -141,6 +141,7 @@ def errors(sizes: dict[str, int], checked: list[Case]) -> list[tuple[float, str,
             keys.shard(dv),
         ]
         results = got(case, seed, queries, keys)
+        assert results[0].dtype == results[2].dtype == case.dtype
         results[5] = results[5].contiguous()
         torch.distributed.all_reduce(results[5], group=manager.group("sequence"))
         for name, mine, oracle in zip(

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 from unittest import mock
 
@@ -42,6 +42,10 @@ TOPOLOGIES: list[tuple[int, Sizes, Heads]] = [
     (8, {"ring": 4, "ulysses": 2}, (4, 1)),
     (8, {"ring": 2, "ulysses": 4}, (8, 2)),
     (8, {"outer": 2, "ring": 2, "ulysses": 2}, (4, 2)),
+    (3, {"ring": 3, "gather": 1}, (4, 4)),
+    (4, {"ring": 4, "gather": 2}, (4, 2)),
+    (4, {"ring": 2, "ulysses": 2, "gather": 1}, (4, 2)),
+    (8, {"outer": 8, "gather": 7}, (4, 2)),
 ]
 
 
@@ -80,16 +84,16 @@ def seen_and_told(
 
 
 def counted(batches: mock.Mock, trades: mock.Mock) -> Counts:
-    """Data messages, and bytes to other ranks, since the last count."""
-    ops = [op for call in batches.call_args_list for op in call.args[0] if op.op is dist.isend]
-    heads = 0
+    """Ranks that were sent data, and bytes to other ranks, since the last count."""
+    sent = [[op for op in call.args[0] if op.op is dist.isend] for call in batches.call_args_list]
+    hops, heads = sum(len({op.peer for op in batch if op.tag == 0}) for batch in sent), 0
     for call in trades.call_args_list:
-        _, sent, _, splits = call.args
-        heads += (sum(splits) - splits[dist.get_rank(call.kwargs["group"])]) * sent[0].nbytes
+        _, traded, _, splits = call.args
+        heads += (sum(splits) - splits[dist.get_rank(call.kwargs["group"])]) * traded[0].nbytes
     batches.reset_mock()
     trades.reset_mock()
-    data, sums = ([op.tensor.nbytes for op in ops if op.tag == tag] for tag in (0, 1))
-    return {"hops": len(data), "kv": sum(data), "sums": sum(sums), "heads": heads}
+    data, sums = ([op.tensor.nbytes for op in chain(*sent) if op.tag == tag] for tag in (0, 1))
+    return {"hops": hops, "kv": sum(data), "sums": sum(sums), "heads": heads}
 
 
 @pytest.mark.parametrize(("size", "sizes", "heads"), TOPOLOGIES, ids=str)
@@ -150,6 +154,8 @@ def test_work_is_what_each_rank_sees_of_the_mask(sizes: Sizes, name: str) -> Non
         ({"ulysses": 2}, "all-to-all", (2, 1, 2)),
         ({"ulysses": 4, "ring": 2}, "all-to-all, ring", (1, 1, 4)),
         ({"ulysses": 2, "ring": 2, "outer": 2}, "all-to-all, double ring", (2, 1, 2)),
+        ({"ring": 4, "gather": 2}, "gather:2", (4, 1, 1)),
+        ({"ring": 4, "ulysses": 2, "gather": 3}, "all-to-all, gather:3", (2, 1, 2)),
     ],
     ids=str,
 )
@@ -159,7 +165,8 @@ def test_it_names_exchange_sizes_layout_and_heads(
     told = foretold(Case(layout="striped", heads=(4, 1)), False, station(sizes, 0))
     assert (told.exchange, told.layout) == (exchange, "striped")
     assert told.backward_travels == ("queries" if heads[0] == heads[1] else "keys")
-    assert told.sizes == {"outer": 1, "ring": 1, "ulysses": 1} | sizes
+    named = {name: size for name, size in sizes.items() if name != "gather"}
+    assert told.sizes == {"outer": 1, "ring": 1, "ulysses": 1} | named
     assert (told.heads, told.kv_heads, told.kv_copies) == heads
 
 
@@ -253,7 +260,7 @@ def test_meta_tensors_need_a_device_type() -> None:
 def test_a_mask_that_hides_everything_leaves_nothing_to_do() -> None:
     x = torch.empty(1, 2, 2, 4)
     told = explain(x, x, x, ShardedSequence(8, station({"ring": 4}, 0), masks.documents([0])))
-    assert replace(told.total, tokens=0, kv_tokens=0) == type(told.total)(*[0] * 11)
+    assert replace(told.total, tokens=0, kv_tokens=0) == type(told.total)(*[0] * 12)
     assert told.shares == (1.0,) * 4 and told.balance == 1.0
 
 
@@ -267,16 +274,16 @@ exchange  ring (outer 1, ring 4, ulysses 1); keys travel in backward
 layout    contiguous; balance 0.938
 heads     4 a rank, 2 of keys, each sent 1 x
 
- rank  share  tokens  kv tokens     pairs  tiles  hops  backward hops  forward kv  backwar\
-d data  backward sums
-    0  0.750    4096       4096   6294528      1     1              1     4.0 MiB        4\
-.0 MiB            0 B
-  1-2  1.000    4096       4096   8392704      2     1              1     4.0 MiB        4\
-.0 MiB        8.0 MiB
-    3  1.000    4096       4096   8392704      2     0              0         0 B         \
-   0 B        8.0 MiB
-total          16384      16384  31472640      7     3              3    12.0 MiB       12\
-.0 MiB       24.0 MiB
+ rank  share  tokens  kv tokens     pairs  tiles  visits  hops  backward hops  forward k\
+v  backward data  backward sums
+    0  0.750    4096       4096   6294528      1       1     1              1     4.0 Mi\
+B        4.0 MiB            0 B
+  1-2  1.000    4096       4096   8392704      2       2     1              1     4.0 Mi\
+B        4.0 MiB        8.0 MiB
+    3  1.000    4096       4096   8392704      2       2     0              0         0 \
+B            0 B        8.0 MiB
+total          16384      16384  31472640      7       7     3              3    12.0 Mi\
+B       12.0 MiB       24.0 MiB
 """
 
 

@@ -13,7 +13,8 @@ from ringed import relative
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ring_sp import ShardedSequence, masks, passes, ring_attention
+from ring_sp import ShardedSequence, masks, plan, ring_attention
+from ring_sp.ring import ring_pass
 
 Sizes = dict[str, int]
 SPREAD: list[tuple[int, Sizes]] = [
@@ -100,7 +101,7 @@ def passes_of_a_checkpointed_layer(keep: bool) -> tuple[int, float]:
     ops = [torch.ops.ring_sp.attention.default] if keep else [torch.ops.aten.mm.default]
     policy = partial(create_selective_checkpoint_contexts, ops)
     wanted = torch.autograd.grad(model(seq, *inputs), inputs)
-    with mock.patch.object(passes, "ring_pass", wraps=passes.ring_pass) as ring:
+    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
         loss = checkpoint(model, seq, *inputs, use_reentrant=False, context_fn=policy)
         found = torch.autograd.grad(loss, inputs)
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))

@@ -24,7 +24,8 @@ from ring_sp import (
 from ring_sp.kernels import KERNELS, Call
 from ring_sp.kernels.contract import Rows
 from ring_sp.passes import Setting, Wire
-from ring_sp.ring import SUMS, Axis, Message, Path, Visit, visiting_order
+from ring_sp.plan import Plan
+from ring_sp.ring import SUMS, Axis, Message, Visit
 from ring_sp.topology import Topology
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -48,14 +49,32 @@ def whole(seq_len: int, device: str) -> list[Tensor]:
     return [x.to(device, torch.bfloat16) for x in made]
 
 
-class Stations:
-    """The stations of a ring of `size`, and what `ring_pass` would do between them."""
+def parts(plan: Plan, number: int) -> list[tuple[int, slice, slice]]:
+    """The sources of a visit, which of their tokens it has, and where."""
+    if plan.gathering is None:
+        return [(number, slice(None), slice(None))]
+    gathering, rank = plan.gathering, plan.rank
+    steps = range(len(gathering.steps))
+    (step,) = (step for step in steps if gathering.number(rank, step) == number)
+    places = gathering.places(rank, step).items()
+    return [(source, at(gathering.seen(rank, source)), place) for source, place in places]
 
-    def __init__(self, size: int, seq_len: int, name: str, device: str) -> None:
+
+def at(tokens: range) -> slice:
+    return slice(tokens.start, tokens.stop)
+
+
+class Stations:
+    """The stations of a ring of `size`, and what an exchange would do between them."""
+
+    def __init__(
+        self, size: int, seq_len: int, name: str, device: str, gather: int | None = None
+    ) -> None:
         self.size, self.name = size, name
         self.q, self.k, self.v, self.dout = whole(seq_len, device)
+        gather = gather if size > 1 else None
         self.sequences = [
-            ShardedSequence(seq_len, Topology(ring=Axis(rank, size)), masks.causal())
+            ShardedSequence(seq_len, Topology(ring=Axis(rank, size), gather=gather), masks.causal())
             for rank in range(size)
         ]
         self.kvs: list[Tensor] = []
@@ -64,40 +83,56 @@ class Stations:
     def shard(self, x: Tensor, rank: int) -> Tensor:
         return self.sequences[rank].shard(x)
 
-    def ring_pass(self, _kv: Tensor, path: Path, visit: Visit, message: Message) -> Tensor | None:
-        """Visits in ring order; the sums of all stations are kept in `sums`, not sent home."""
-        (ring,) = path.rings or (Axis(),)
-        for source in visiting_order(path.rings):
-            if path.needs(ring.rank, source):
-                seen = visit(self.kvs[source], source)
-                if seen is not None and source != ring.rank:
-                    total = self.sums.get(source)
-                    seen = seen.to(message.sums_dtype)
-                    self.sums[source] = seen if total is None else total.add_(seen)
-        return None
+    def show(self, plan: Plan, visit: Visit, message: Message) -> None:
+        """Visits of one station in order; the sums of all are kept in `sums`, not sent home."""
+        assert message.blocks is not None
+        for number in plan.own_visits:
+            if number == plan.rank:
+                visit(self.kvs[number], number)
+                continue
+            sources = parts(plan, number)
+            cut = [
+                [block[:, tokens] for block in message.blocks(self.kvs[source])]
+                for source, tokens, _ in sources
+            ]
+            joint = [torch.cat(blocks, 1).flatten() for blocks in zip(*cut, strict=True)]
+            seen = visit(torch.cat(joint), number)
+            if seen is None:
+                continue
+            seen = seen.to(message.sums_dtype)
+            for source, tokens, place in sources:
+                total = self.sums.get(source)
+                if total is None:
+                    dtype = torch.float32 if plan.gathering else seen.dtype
+                    total = self.sums[source] = torch.zeros_like(self.kvs[source], dtype=dtype)
+                for own, theirs in zip(message.blocks(total), message.blocks(seen), strict=True):
+                    own[:, tokens] += theirs[:, place]
 
     def results(self) -> list[Tensor]:
         """out, dq, dk and dv of the whole sequence."""
-        parts: list[list[Tensor]] = []
+        found: list[list[Tensor]] = []
         wire = Wire(1, KV_HEADS, DIM, DIM)
         ranks = range(self.size)
         self.kvs = [wire.join(self.shard(self.k, rank), self.shard(self.v, rank)) for rank in ranks]
         own: list[Tensor] = []
-        with mock.patch.object(passes, "ring_pass", self.ring_pass):
-            for rank in ranks:
-                plan = self.sequences[rank].plan()
-                setting = Setting(plan, KERNELS[self.name], DIM**-0.5, None)
-                q = self.shard(self.q, rank)
-                out, lse = passes.attend(q, self.kvs[rank], wire, setting)
-                rows = Rows(out, lse, self.shard(self.dout, rank))
-                with mock.patch.object(passes, "_sum", lambda _, kept, __: kept):
-                    dq, kept = passes.gradients(q, self.kvs[rank], wire, rows, setting)
-                own.append(kept)
-                parts.append([out, dq])
+        for rank in ranks:
+            plan = self.sequences[rank].plan()
+
+            def show(_: Tensor, visit: Visit, message: Message, plan: Plan = plan) -> None:
+                self.show(plan, visit, message)
+
+            setting = Setting(plan, KERNELS[self.name], DIM**-0.5, None, exchange=show)
+            q = self.shard(self.q, rank)
+            out, lse = passes.attend(q, self.kvs[rank], wire, setting)
+            rows = Rows(out, lse, self.shard(self.dout, rank))
+            with mock.patch.object(passes, "_sum", lambda _, kept, __: kept):
+                dq, kept = passes.gradients(q, self.kvs[rank], wire, rows, setting)
+            own.append(kept)
+            found.append([out, dq])
         for rank in ranks:
             dkv = passes._sum(self.kvs[rank], own[rank], self.sums.get(rank))
-            parts[rank] += wire.split(dkv)
-        return [self.joined([part[at] for part in parts]) for at in range(4)]
+            found[rank] += wire.split(dkv)
+        return [self.joined([each[at] for each in found]) for at in range(4)]
 
     def joined(self, shards: list[Tensor]) -> Tensor:
         whole = shards[0].new_empty(1, self.sequences[0].seq_len, *shards[0].shape[2:])
@@ -120,7 +155,8 @@ def errors(found: list[Tensor], true: list[Tensor]) -> list[float]:
 
 
 @each_kernel
-def test_rounding_hardly_grows_with_the_ring(name: str, device: str) -> None:
+@pytest.mark.parametrize("gather", [None, 2, 15], ids=["ring", "gather:2", "gather:15"])
+def test_rounding_hardly_grows_with_the_ring(name: str, device: str, gather: int | None) -> None:
     seq_len = 512 if device == "cpu" else 4096
     call = Call(device, torch.bfloat16, DIM, DIM, scale=DIM**-0.5)
     reason = KERNELS[name].refusal(call)
@@ -130,7 +166,7 @@ def test_rounding_hardly_grows_with_the_ring(name: str, device: str) -> None:
     alone = errors(Stations(1, seq_len, name, device).results(), true)
     assert max(alone) < 1e-2
     for size in (2, 4, 8, 16):
-        ring = errors(Stations(size, seq_len, name, device).results(), true)
+        ring = errors(Stations(size, seq_len, name, device, gather).results(), true)
         for mine, own, result in zip(ring, alone, ("out", "dq", "dk", "dv"), strict=True):
             assert mine < LIMIT * own, (size, result, mine / own)
 

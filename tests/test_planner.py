@@ -281,3 +281,16 @@ def test_8b_at_10m_tokens_fits_64_h200_with_its_arithmetic() -> None:
     # 4.015 x 9.
     divided = "(2 + 4 + 12 / 4 ranks that share them) bytes = 36.1 GB"
     assert whole["weights, gradients, Adam"] == f"8.03B / tensor 2 x {divided}"
+
+
+def test_a_gather_is_planned_where_it_is_asked_for() -> None:
+    short, spread = job(seq_len=16 * K), {"ring": 8, "tensor": 1, "data": 1}
+    rings, gather = (plan(short, **spread, exchange=name) for name in ("messages", "gather:7"))
+    visits = [max(load.visits for load in each.best.told.loads) for each in (rings, gather)]
+    assert visits == [8, 2] and gather.best.choice.exchange == "gather:7"
+    took = [sum(each.seconds for each in found.best.attention) for found in (rings, gather)]
+    assert took[1] < took[0]
+    assert gather.best.memory["ring buffers"] > 2 * rings.best.memory["ring buffers"]
+    assert "never chosen unasked" in gather.reasons["exchange"]
+    with pytest.raises(ValueError, match="a gather is for one ring"):
+        plan(short, outer=2, ring=4, exchange="gather")

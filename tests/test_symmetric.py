@@ -266,7 +266,7 @@ def test_what_cannot_copy_is_refused_on_every_rank(world: Callable[[int], World]
     for messages in cast("list[list[str]]", world(2).run(refusals)):
         *unable, unknown = messages
         assert all("needs NVIDIA GPUs" in message for message in unable)
-        assert "messages, copies; got 'carrier pigeon'" in unknown
+        assert "gather, gather:N; got 'carrier pigeon'" in unknown
 
 
 def refused_over_hosts() -> list[str]:

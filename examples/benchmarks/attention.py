@@ -29,8 +29,8 @@ from picture import draw
 
 import ring_sp
 from ring_sp import masks
+from ring_sp.exchanges import EXCHANGES
 from ring_sp.kernels import KERNELS
-from ring_sp.topology import EXCHANGES
 
 HEAD_DIM = 128
 Result = dict[str, Any]
@@ -227,7 +227,7 @@ def main() -> None:
     every = [name for name in cases() if name != "tiny"]
     parser.add_argument("--cases", nargs="+", choices=cases(), default=every)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["flash4", "triton"])
-    parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES)
+    parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES.names)
     parser.add_argument(
         "--sums-dtype", choices=("float32", "bfloat16"), help="in which gradients travel"
     )

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ring_sp.exchanges import EXCHANGES
 from ring_sp.kernels import KERNELS
 from ring_sp.layout import LAYOUTS
-from ring_sp.topology import EXCHANGES
 
 NAME = "sequence_parallel_ring"
 """Key of the block, at the top level of the config."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ring_sp.exchanges import EXCHANGES
 from ring_sp.kernels import KERNELS
 from ring_sp.layout import LAYOUTS
-from ring_sp.topology import EXCHANGES
 
 _BARE = 0
 """What --sequence-parallel-ring says without a number."""
@@ -106,7 +106,8 @@ def add_ring_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--ring-exchange",
         choices=EXCHANGES,
         default="messages",
-        help="how a ring moves tensors; copies: by the copy engines of the GPUs of one host",
+        help="how a ring moves tensors; copies: by the copy engines of the GPUs of one host; "
+        "gather:N: from N ranks at a time, for short sequences",
     )
     return parser
 

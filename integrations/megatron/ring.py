@@ -128,7 +128,7 @@ class MegatronRing:
         """Where a batch lives: the context-parallel group, or its own `cp_group` if it has one.
 
         Raises NotImplementedError for a group of its own in a ring with Ulysses, outer rings or
-        copies.
+        another exchange than messages.
         """
         group: ProcessGroup | None = getattr(params, "cp_group", None)
         alone = group is None and getattr(params, "local_cp_size", None) == 1
@@ -136,12 +136,11 @@ class MegatronRing:
             return self.topology
         topology = Topology() if group is None else self._topology_over(group)
         parts = self.topology.ulysses.size, self.topology.outer.size
-        copies = any(axis.memory for axis in self.topology.rings)
-        special = parts != (1, 1) or copies
+        special = parts != (1, 1) or self.topology.exchange != "messages"
         if special and topology != self.topology and topology.size > 1:
             raise NotImplementedError(
                 "dynamic context-parallel groups are single rings that exchange messages: use no "
-                "--ring-ulysses, --ring-outer or --ring-exchange copies with them"
+                "--ring-ulysses, --ring-outer or other --ring-exchange with them"
             )
         return topology
 
