@@ -59,6 +59,10 @@ class Choice:
     loss_chunk: int | None = None
     """Tokens of a chunk of the logits; None for all at once."""
     shard: str = "optimizer"
+    every: int = 1
+    """Layers of a checkpoint, which keeps the input of the first of them."""
+    offload: bool = False
+    """Whether what checkpoints keep lies in the host's memory until it is wanted."""
 
     @property
     def sequence(self) -> int:
@@ -97,6 +101,11 @@ def refuse(job: Job, choice: Choice) -> str | None:
             job.seq_len >= choice.sequence,
             f"{choice.sequence} ranks of sequence need as many tokens",
         ),
+        (
+            choice.checkpoint != "none" or (choice.every == 1 and not choice.offload),
+            "every and offload are of checkpoints, and there are none",
+        ),
+        (choice.every <= model.layers, f"a checkpoint of {choice.every} layers is more than all"),
     )
     return next((reason for met, reason in needs if not met), None)
 

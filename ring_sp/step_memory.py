@@ -57,15 +57,29 @@ def layer_kept(model: ModelShape, ff_chunk: int | None = None) -> int:
     return attention + norms + (6 if model.gated else 4) * model.ffn
 
 
-def _kept(model: ModelShape, choice: Choice) -> int:
-    """Bytes a token of all layers, and of the last norm."""
+def checkpoint_bytes(model: ModelShape, choice: Choice) -> int:
+    """Bytes a token that a checkpoint keeps: the input of its first layer, and of each of its layers
+    attention's out and lse where they are kept.
+    """
     result = 2 * model.heads * model.head_dim + 4 * model.heads
-    layer = {
-        "none": layer_kept(model, choice.ff_chunk),
-        "selective": 2 * model.hidden + result,
-        "full": 2 * model.hidden,
-    }[choice.checkpoint]
-    return model.layers * layer + 4 * model.hidden
+    return 2 * model.hidden + (choice.every * result if choice.checkpoint == "selective" else 0)
+
+
+def offloaded(job: Job, choice: Choice, told: Explanation) -> float:
+    """Bytes in the host's memory, for one GPU."""
+    tokens = max(load.tokens for load in told.loads) / choice.tensor
+    count = job.model.layers / choice.every
+    return count * checkpoint_bytes(job.model, choice) * tokens if choice.offload else 0.0
+
+
+def _kept(model: ModelShape, choice: Choice) -> float:
+    """Bytes a token of all layers, and of the last norm."""
+    around = 4 * model.hidden
+    if choice.checkpoint == "none":
+        return model.layers * layer_kept(model, choice.ff_chunk) + around
+    # Of what goes to the host one checkpoint's is on its way while the next one's is made.
+    count = min(2, model.layers / choice.every) if choice.offload else model.layers / choice.every
+    return count * checkpoint_bytes(model, choice) + around
 
 
 def attention_work(model: ModelShape, choice: Choice) -> int:

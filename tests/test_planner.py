@@ -209,7 +209,8 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
     asked = job(gpus=2, seq_len=8 * M)
     found = plan(asked)
     best = found.best
-    assert best.missing_bytes == best.peak_bytes - best.usable_bytes > 0
+    host = best.host_bytes - H200.host_memory_bytes
+    assert best.missing_bytes == max(best.peak_bytes - best.usable_bytes, host) > 0
     small = {"checkpoint": "full", "ff_chunk": 4096, "shard": "all", "ulysses": 1, "data": 1}
     gpus = int(found.remedies[0].split()[0])
     longest = int(found.remedies[-1].split()[2].replace(",", ""))
@@ -221,11 +222,6 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
     )
     fit = [any(each.fits for each in search(other, small)) for other in others]
     assert fit == [True, False, True, False] and not found.advice
-    # Work buffers alone are too much at 8M tokens, not at 1M.
-    assert not any("offloaded" in remedy for remedy in found.remedies)
-    offload = plan(job(gpus=2)).remedies[1]
-    kept = (32 * 2 + 4) * 4096 * M / 2 * 30 / 32
-    assert offload.startswith("what layers keep offloaded") and f"{kept / 1e9:.1f} GB" in offload
     free = plan(job(), checkpoint="none").remedies[0]
     assert free == "leave the choice to the planner: {'checkpoint': 'selective'} fits"
 

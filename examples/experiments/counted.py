@@ -1,0 +1,107 @@
+"""Bytes of tensors that are alive at once, counted where no allocator tells: on CPUs, and of fake
+tensors, which have sizes and no content.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Inside = Callable[..., int]
+
+
+class Counted(TorchDispatchMode):
+    """Counts the storages of all tensors that are made inside, until each is freed.
+
+    What an operator of our own makes inside itself is not seen; `inside` gives the bytes of that,
+    by the operator's name and from its arguments.
+    """
+
+    def __init__(self, inside: dict[str, Inside] | None = None) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._inside = inside or {}
+        self._paused = False
+        self._seen: dict[int, ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.add(x)
+        within = self._inside.get(func.name())
+        if within is not None:
+            self.peak = max(self.peak, self.now + within(*args))
+        return result
+
+    def add(self, x: Tensor) -> Tensor:
+        """Count a tensor from now on, if it is not counted already."""
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            self._seen[key] = ref(storage, lambda _: self._drop(key, size))
+        return x
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is made inside is not counted; what is counted already goes on to be."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def reset_peak(self) -> None:
+        self.peak = self.now
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._seen[key]
+        self.now -= size
+
+
+class FusedNorms(TorchFunctionMode):
+    """RMSNorm as CUDA's one kernel: it makes its result and keeps its input; a CPU's makes and keeps
+    a float32 of each step.
+    """
+
+    def __init__(self, counted: Counted) -> None:
+        super().__init__()
+        self._counted = counted
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.rms_norm:
+            return _Norm.apply(*args, *(kwargs or {}).values(), self._counted)
+        return func(*args, **(kwargs or {}))
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shape: list[int], weight: Tensor, eps: float, counted: Counted
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.shape, ctx.eps, ctx.counted = shape, eps, counted
+        with counted.paused():
+            return counted.add(torch.rms_norm(x, shape, weight, eps))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        with ctx.counted.paused(), torch.enable_grad():
+            x, weight = (each.detach().requires_grad_() for each in ctx.saved_tensors)
+            out = torch.rms_norm(x, ctx.shape, weight, ctx.eps)
+            dx, dweight = torch.autograd.grad(out, (x, weight), grads[0])
+        return ctx.counted.add(dx), None, ctx.counted.add(dweight), None, None
