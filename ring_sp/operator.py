@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ring_sp.fit import Options, fitting_kernel, kernel_for
+from ring_sp.kept import current
 from ring_sp.kernels import Kernel
 from ring_sp.kernels.contract import Rows, accumulation_dtype
 from ring_sp.passes import Drops, Setting, Wire, attend, gradients
@@ -42,17 +43,15 @@ def operate(
     if not typed(q, k, v, sequence, keys, sinks, options):
         # What torch's operators would not even take; nothing comes back from here.
         fitting_kernel(q, k, v, sequence, keys, sinks, options, trained)
+    store = None if torch.compiler.is_compiling() else current()
+    call = sequence.number, keys.number, q.shape, k.shape, v.shape, q.dtype, options
+    known = store and store.take(call)
+    place = sequence.number, keys.number, sequence.topology.ulysses.size
     out, lse, *_ = torch.ops.ring_sp.attention(
-        q,
-        k,
-        v,
-        sinks,
-        sequence.number,
-        keys.number,
-        sequence.topology.ulysses.size,
-        *options,
-        trained,
+        q, k, v, sinks, *(known or (None, None)), *place, *options, trained
     )
+    if store:
+        store.put(call, (out.detach(), lse.detach()))
     return out, lse
 
 
@@ -82,7 +81,8 @@ def typed(
 @torch.library.custom_op(
     "ring_sp::attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_PLACE}, {_OPTIONS}, bool trained)"
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? known_out, Tensor? known_lse, "
+    f"{_PLACE}, {_OPTIONS}, bool trained)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attention(
@@ -90,16 +90,15 @@ def attention(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    number: int,
-    kv_number: int,
-    peers: int,
+    known_out: Tensor | None,
+    known_lse: Tensor | None,
     *asked: Any,
 ) -> tuple[Tensor, ...]:
-    """(out, lse), and for the backward kv as it travels and, from Ulysses peers, (q, out, lse) as
-    the ring sees them: all tokens of the peers, this peer's heads.
+    """(out, lse), computed unless they are known, and for the backward kv as it travels and, from
+    Ulysses peers, (q, out, lse) as the ring sees them: all tokens of the peers, this peer's heads.
     """
+    number, kv_number, peers, *options, trained = asked
     sequence, keys = numbered(number), numbered(kv_number)
-    *options, trained = asked
     chosen = fitting_kernel(q, k, v, sequence, keys, sinks, Options(*options), trained)
     ulysses, lens = sequence.topology.ulysses, sequence.peer_lens
     copies = kv_replication(q.shape[2], k.shape[2], peers)
@@ -108,12 +107,16 @@ def attention(
     q, k, v = to_heads(q, ulysses, lens), *(to_heads(x, ulysses, keys.peer_lens) for x in (k, v))
     q, wire = dense(q), Wire.of(k, v)
     kv = wire.join(k, v)
-    setting = _setting(sequence, keys, chosen, Options(*options), q)
-    out, lse = attend(q, kv, wire, setting)
-    if peers == 1:
-        return out, lse, kv, *(q.new_empty(0) for _ in range(3))
-    whole = to_sequence(rows_first(lse), ulysses, lens)
-    return to_sequence(out, ulysses, lens), _heads_first(whole), kv, q, out, lse
+    if known_out is None or known_lse is None:
+        out, lse = attend(q, kv, wire, _setting(sequence, keys, chosen, Options(*options), q))
+        whole = to_sequence(rows_first(lse), ulysses, lens)
+        own = (out, lse) if peers == 1 else (to_sequence(out, ulysses, lens), _heads_first(whole))
+    else:
+        own = known_out.clone(), known_lse.clone()  # No result may be an argument.
+        out = to_heads(known_out, ulysses, lens)
+        lse = _heads_first(to_heads(rows_first(known_lse), ulysses, lens))
+    traded = (q, out, lse) if peers > 1 else (q.new_empty(0) for _ in range(3))
+    return *own, kv, *traded
 
 
 @attention.register_fake
@@ -122,6 +125,8 @@ def _(
     k: Tensor,
     v: Tensor,
     _sinks: Tensor | None,
+    _known_out: Tensor | None,
+    _known_lse: Tensor | None,
     number: int,
     kv_number: int,
     peers: int,
@@ -208,7 +213,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sinks, number, kv_number, peers, *options, trained = inputs
+    q, k, v, sinks, _, _, number, kv_number, peers, *options, trained = inputs
     out, lse, kv, *traded = output
     ctx.save_for_backward(*([q, kv, out, lse] if peers == 1 else [traded[0], kv, *traded[1:]]))
     lse_gradient = trained and (Options(*options).return_lse or sinks is not None)
@@ -222,7 +227,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    unasked = (None,) * 11
+    unasked = (None,) * 13
     if dout is None and dlse is None:
         return None, None, None, *unasked
     q, kv, out, lse = ctx.saved_tensors
