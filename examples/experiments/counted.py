@@ -9,7 +9,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,37 +70,40 @@ class Counted(TorchDispatchMode):
         self.now -= size
 
 
-class FusedNorms(TorchFunctionMode):
+class FusedNorm(nn.Module):
     """RMSNorm as CUDA's one kernel: it makes its result and keeps its input; a CPU's makes and keeps
     a float32 of each step.
     """
 
-    def __init__(self, counted: Counted) -> None:
+    def __init__(self, like: nn.RMSNorm, counted: Counted) -> None:
         super().__init__()
-        self._counted = counted
+        self.weight, self.eps, self._counted = like.weight, like.eps, counted
 
-    def __torch_function__(
-        self, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is nn.functional.rms_norm:
-            return _Norm.apply(*args, *(kwargs or {}).values(), self._counted)
-        return func(*args, **(kwargs or {}))
+    def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.eps, self._counted)
+
+
+def fuse_norms(model: nn.Module, counted: Counted) -> None:
+    """Put a FusedNorm in the place of each RMSNorm."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.RMSNorm):
+                setattr(module, name, FusedNorm(child, counted))
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shape: list[int], weight: Tensor, eps: float, counted: Counted
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, counted: Counted) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.shape, ctx.eps, ctx.counted = shape, eps, counted
+        ctx.eps, ctx.counted = eps, counted
         with counted.paused():
-            return counted.add(torch.rms_norm(x, shape, weight, eps))
+            out = torch.rms_norm(x, weight.shape, weight, eps)
+        return counted.add(out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         with ctx.counted.paused(), torch.enable_grad():
             x, weight = (each.detach().requires_grad_() for each in ctx.saved_tensors)
-            out = torch.rms_norm(x, ctx.shape, weight, ctx.eps)
+            out = torch.rms_norm(x, weight.shape, weight, ctx.eps)
             dx, dweight = torch.autograd.grad(out, (x, weight), grads[0])
-        return ctx.counted.add(dx), None, ctx.counted.add(dweight), None, None
+        return ctx.counted.add(dx), ctx.counted.add(dweight), None, None

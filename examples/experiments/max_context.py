@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from counted import Counted, FusedNorms
+from counted import Counted
 from processes import device_name, everywhere, first, ranks, say, started
 from search_length import Asked, Trial, longest, propose, shortest_failed
 from step import Clock, Form, Training
@@ -111,7 +111,6 @@ def search(method: str, args: argparse.Namespace, device: torch.device) -> None:
         counted = None
         if device.type == "cpu":
             counted = modes.enter_context(Counted())
-            modes.enter_context(FusedNorms(counted))
         if propose(log.trials, wanted) is None:
             return
         training = Training(form, topology, device, counted)

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from counted import Counted, FusedNorms
+from counted import Counted
 from device_time import by_kind
 from progress import progress
 from processes import device_name, everywhere, first, ranks, say, started
@@ -99,7 +99,6 @@ def measure(
         counted = None
         if device.type == "cpu":
             counted = modes.enter_context(Counted())
-            modes.enter_context(FusedNorms(counted))
         training = Training(Form(found.job.model, found.choice), topology, device, counted)
         training.run(args.warm_up or found.job.seq_len)
         steps = []

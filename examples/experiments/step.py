@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from counted import Counted
+from counted import Counted, fuse_norms
 from torch import Tensor, nn
 
 from ring_sp import AttentionConfig, Checkpointing, RingTransformer, ShardedSequence, Topology
@@ -128,6 +128,8 @@ class Training:
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.model = build(form, topology)
+        if counted is not None:
+            fuse_norms(self.model, counted)
         self._place()
         self.optimizer = torch.optim.AdamW(
             [self.master], RATE, BETAS, weight_decay=DECAY, fused=device.type == "cuda"
