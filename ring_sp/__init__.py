@@ -8,6 +8,7 @@ from ring_sp.explanation import Explanation, explain
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.logits import max_logits
 from ring_sp.modules import AttentionConfig, RingAttention
+from ring_sp.offload import Offload
 from ring_sp.sequence import ShardedSequence
 from ring_sp.topology import ProcessGroupManager, Topology
 from ring_sp.transformer import RingTransformer
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpointing",
     "Explanation",
     "LinearLoss",
+    "Offload",
     "ProcessGroupManager",
     "RingAttention",
     "RingTransformer",

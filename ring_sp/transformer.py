@@ -15,6 +15,7 @@ from ring_sp.checkpointing import Checkpointing, checkpoint
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.masks import Mask
 from ring_sp.modules import AttentionConfig, RingAttention, Sequences
+from ring_sp.offload import Offload
 from ring_sp.replicated import replicated
 from ring_sp.rotary import Rotation, rotation
 from ring_sp.sequence import ShardedSequence
@@ -62,6 +63,8 @@ class RingTransformer(nn.Module):
         """
         super().__init__()
         self.saving = Saving(**saving)
+        saved = self.saving.checkpointing
+        self.offload = Offload() if saved and saved.offload else None
         dim, self.config = attention.dim, attention
         self.sequences = Sequences(topology or Topology(), mask, layout)
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -119,7 +122,8 @@ class RingTransformer(nn.Module):
                 x = layers[start](x)
             else:
                 stretch = partial(_in_turn, layers[start : start + saved.every])
-                x = checkpoint(stretch, x, keep_attention=saved.keep_attention)
+                kept = saved.keep_attention
+                x = checkpoint(stretch, x, keep_attention=kept, offload=self.offload)
         x, weight = self.norm(x), (self.head or self.embedding).weight
         if labels is None:
             return functional.linear(x, weight)

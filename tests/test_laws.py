@@ -43,6 +43,8 @@ LAYERS = [
     "passes",
     "kept",
     "operator",
+    "lanes",
+    "offload",
     "checkpointing",
     "attention",
     "logits",
