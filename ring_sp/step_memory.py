@@ -74,12 +74,17 @@ def _inside(model: ModelShape) -> int:
     return (6 if model.gated else 4) * model.ffn
 
 
+def _result(model: ModelShape, choice: Choice) -> int:
+    """Bytes a token of attention's out and lse, where a checkpoint keeps them."""
+    kept = 2 * model.heads * model.head_dim + 4 * model.heads
+    return kept if choice.checkpoint == "selective" else 0
+
+
 def checkpoint_bytes(model: ModelShape, choice: Choice) -> int:
     """Bytes a token that a checkpoint keeps: the input of its first layer, and of each of its layers
     attention's out and lse where they are kept.
     """
-    result = 2 * model.heads * model.head_dim + 4 * model.heads
-    return 2 * model.hidden + (choice.every * result if choice.checkpoint == "selective" else 0)
+    return 2 * model.hidden + choice.every * _result(model, choice)
 
 
 def offloaded(job: Job, choice: Choice, told: Explanation) -> float:
@@ -100,14 +105,14 @@ def _kept(model: ModelShape, choice: Choice) -> float:
 
 
 def _again(model: ModelShape, choice: Choice) -> int:
-    """Bytes a token that recomputation makes before a layer's backward: those of all of the layers
-    of its checkpoint, but for the input that is kept; of attention's layer, what is left of it.
+    """Bytes a token that recomputation has made, by attention's backward, of the layers of a
+    checkpoint: of the layer at work q, kv, out, lse and the norm's result are left.
     """
     if choice.checkpoint == "none":
         return 0
     others = (choice.every - 1) * layer_kept(model, choice.ff_chunk)
-    # The second norm's input and output and what follows are gone by then.
-    return others + attention_kept(model) + 2 * model.hidden
+    at_work = attention_kept(model) + 2 * model.hidden
+    return others + at_work - choice.every * _result(model, choice)
 
 
 def attention_work(model: ModelShape) -> int:
@@ -129,7 +134,8 @@ def _ff_work(model: ModelShape, choice: Choice, tokens: int) -> float:
     """
     inside, everywhere = _inside(model), 2 * model.hidden
     if choice.checkpoint != "none":
-        everywhere += choice.every * layer_kept(model, choice.ff_chunk) - 2 * model.hidden
+        again = layer_kept(model, choice.ff_chunk) - _result(model, choice)
+        everywhere += choice.every * again - 2 * model.hidden
     if choice.ff_chunk is None:
         return (everywhere + inside) * tokens
     # The gradients of the chunks' inputs, and torch.cat of them.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ring_sp.lanes import HostLane
+
 Inside = Callable[..., int]
 
 
@@ -47,10 +49,17 @@ class Counted(TorchDispatchMode):
         """Count a tensor from now on, if it is not counted already."""
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
+        if key not in self._seen and x.device.type != "meta":
             self.now += size
             self.peak = max(self.peak, self.now)
             self._seen[key] = ref(storage, lambda _: self._drop(key, size))
+        return x
+
+    def leave_out(self, x: Tensor) -> Tensor:
+        """Never count a tensor that is not counted yet, nor views of it."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        self._seen[key] = ref(storage, lambda _: self._drop(key, 0))
         return x
 
     @contextmanager
@@ -81,6 +90,18 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _Norm.apply(x, self.weight, self.eps, self._counted)
+
+
+class HostMemory(HostLane):
+    """Where offloaded tensors go if device and host are the same memory: it is not counted."""
+
+    def __init__(self, counted: Counted) -> None:
+        self._counted = counted
+
+    def host(self, num_bytes: int) -> Tensor:
+        with self._counted.paused():
+            buffer = super().host(num_bytes)
+        return self._counted.leave_out(buffer)
 
 
 def fuse_norms(model: nn.Module, counted: Counted) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from counted import Counted, fuse_norms
+from counted import Counted, HostMemory, fuse_norms
 from torch import Tensor, nn
 
 from ring_sp import AttentionConfig, Checkpointing, RingTransformer, ShardedSequence, Topology
@@ -21,6 +21,7 @@ from ring_sp.job import Choice
 from ring_sp.loss import cross_entropy_mean
 from ring_sp.model_shape import ModelShape
 from ring_sp.modules import Part
+from ring_sp.offload import Offload
 from ring_sp.rotary import Rotation, rotate
 
 # Their names since torch 2.13, and before.
@@ -130,9 +131,11 @@ class Training:
         self.model = build(form, topology)
         if counted is not None:
             fuse_norms(self.model, counted)
+            if form.choice.offload:
+                self.model.offload = Offload(lane=lambda _: HostMemory(counted))
         self._place()
         self.optimizer = torch.optim.AdamW(
-            [self.master], RATE, BETAS, weight_decay=DECAY, fused=device.type == "cuda"
+            [self.master], RATE, BETAS, weight_decay=DECAY, fused=True
         )
         self._make_moments()
 
