@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     add("--resolution", type=float, default=0.02, help="how near the longest and the failed are")
     add("--json", type=Path)
     add("--png", type=Path)
-    add("--log", type=Path, help=argparse.SUPPRESS)  # Of a job: trials, one a line.
+    add("--trials-file", type=Path, help=argparse.SUPPRESS)  # Of a job: trials, one a line.
     return parser.parse_args()
 
 
@@ -101,7 +101,8 @@ def job(args: argparse.Namespace) -> None:
 
 
 def search(method: str, args: argparse.Namespace, device: torch.device) -> None:
-    wanted, log = asked(method, args, ranks()), Log(args.log, method)
+    wanted, log = asked(method, args, ranks()), Log(args.trials_file, method)
+    log.trials = everywhere(log.trials)[0]  # The first rank writes on while others read.
     size = ranks() if method == "ring" else 1
     topology = ProcessGroupManager.build(ring=size, device_type=device.type).topology
     form = Form(
@@ -201,7 +202,7 @@ def run_job(
     model: str, methods: list[str], args: argparse.Namespace, log: Path
 ) -> subprocess.CompletedProcess[str]:
     """What the ranks say goes on to the terminal."""
-    given = ["--models", model, "--methods", *methods, "--log", str(log)]
+    given = ["--models", model, "--methods", *methods, "--trials-file", str(log)]
     for name in ("memory", "checkpoint", "chunk", "first", "granule", "resolution"):
         value = getattr(args, name)
         given += [f"--{name}", str(value)] if value is not None else []
@@ -235,7 +236,7 @@ def summary(model: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_args()
-    if args.log:
+    if args.trials_file:
         job(args)
         return
     if args.memory is None and not torch.cuda.is_available():

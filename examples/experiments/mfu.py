@@ -27,7 +27,7 @@ from device_time import by_kind
 from progress import progress
 from processes import device_name, everywhere, first, ranks, say, started
 from step import Form, Measured, Training
-from tables import mfu_lines
+from tables import draw_mfu, mfu_lines, part_lines, title
 
 from ring_sp import ProcessGroupManager, Topology, hardware, model_shape
 from ring_sp.cli import tokens
@@ -186,17 +186,33 @@ def main() -> None:
             else:
                 reason = f"lacks {found.missing_bytes / 1e9:.1f} GB by the planner"
                 rows.append(facts(found) | {"skipped": reason})
-            say("\n".join(mfu_lines(rows[-1:])))
+            say("\n".join(list(mfu_lines(rows))[0 if len(rows) == 1 else -1 :]))
+            # After each, in case that a later one fails.
             if first() and args.json:
-                report = {
-                    "device": device_name(device),
-                    "torch": torch.__version__,
-                    "hardware": asdict(job.hardware),
-                    "fitted_to": FITTED_TO,
-                    "rows": rows,
-                }
-                args.json.write_text(json.dumps(report, indent=1))
-    say("\n".join(["", *mfu_lines(rows), "", "the planner's constants were fitted to:", *FITTED_TO]))
+                args.json.write_text(json.dumps(report(rows, job, device), indent=1))
+        if first():
+            finish(rows, report(rows, job, device), args)
+
+
+def report(rows: list[Row], job: Job, device: torch.device) -> Row:
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "hardware": asdict(job.hardware),
+        "fitted_to": FITTED_TO,
+        "rows": rows,
+    }
+
+
+def finish(rows: list[Row], facts: Row, args: argparse.Namespace) -> None:
+    """All rows again, where their time goes, and what the planner was fitted to."""
+    say("\n".join(["", *mfu_lines(rows)]))
+    for each in rows:
+        if "skipped" not in each:
+            say("\n".join(["", title(each), "", *part_lines(each)]))
+    say("\n".join(["", "fitted to other runs than these:", *FITTED_TO]))
+    if args.png and any("skipped" not in each for each in rows):
+        draw_mfu(facts, args.png)
 
 
 if __name__ == "__main__":

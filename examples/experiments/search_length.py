@@ -46,37 +46,35 @@ def propose(trials: list[Trial], asked: Asked) -> int | None:
     """The next length to try; None if the answer is known."""
     best, over = longest(trials), shortest_failed(trials)
     if not best:
-        following = asked.first if over is None else over // 2
-        following = following // asked.granule * asked.granule
-        return following if following and following != over else None
+        following = _floor(asked.first if over is None else over / 2, asked.granule)
+        return following or None
     step = max(asked.granule, _floor(best * asked.resolution, asked.granule))
     if over is not None and over - best <= step:
         return None
-    done = sorted((trial.tokens, trial.held_bytes) for trial in trials if trial.fits)
-    failed = sum(not trial.fits for trial in trials)
-    if over is None and len(done) < 3:
-        return 2 * best
-    guess = _floor(fitted(done, asked.limit * (FIRST_SHARE - LESS * failed)), asked.granule)
+    known = sorted((trial.tokens, trial.held_bytes) for trial in trials if trial.held_bytes)
+    blind = sum(not trial.held_bytes for trial in trials)
+    guess = _floor(fitted(known, asked.limit * (FIRST_SHARE - LESS * blind)), asked.granule)
     if over is None:
-        return max(min(guess, 16 * best), best + step)
-    if best < guess < over:
+        # Three lengths tell a parabola; a fit that sees no more room is tried once.
+        return 2 * best if len(known) < 3 else max(min(guess, 16 * best), best + step)
+    if best + step <= guess < over:
         return guess
     return max(best + asked.granule, _floor((best + over) / 2, asked.granule))
 
 
 def fitted(points: list[tuple[int, int]], target: float) -> float:
-    """Where the parabola through the last three points, or the line through the last two where it
-    does not bend upwards, reaches `target`.
+    """Where the parabola through the last three points reaches `target`, or the line through the
+    last two where it does not bend upwards; twice the last length if they do not rise.
     """
     (x1, y1), (x2, y2) = points[-2:] if len(points) > 1 else [(0, 0), points[-1]]
     slope = (y2 - y1) / (x2 - x1)
     if slope <= 0:
-        return float(x2)
+        return 2.0 * x2
     bend = 0.0
     if len(points) > 2:
         x0, y0 = points[-3]
         bend = (slope - (y1 - y0) / (x1 - x0)) / (x2 - x0)
-    # From x2 on: bend x^2 + there x = target - y2.
+    # At a distance d from x2: y2 + there d + bend d^2.
     there = slope + bend * (x2 - x1)
     if bend * x2 < 1e-3 * slope:
         return x2 + (target - y2) / slope

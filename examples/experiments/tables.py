@@ -1,8 +1,12 @@
 """The experiments' results as Markdown tables and pictures."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from ring_sp.estimate import Estimate
+from ring_sp.step_memory import STATE_PARTS
 
 Report = dict[str, Any]
 
@@ -45,6 +49,13 @@ def mfu_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         seconds = [f"{expected['seconds']:.4g}", f"{row['seconds']:.4g}", errors[0]]
         peaks = [f"{each / 1e9:.4g}" for each in (expected["peak_bytes"], row["peak_bytes"])]
         yield _line([*name, kept(choice), *numbers, *seconds, *peaks, errors[1]])
+
+
+def title(row: dict[str, Any]) -> str:
+    """Of one configuration."""
+    ring = row["choice"]["ring"]
+    where = "one GPU" if ring == 1 else f"ring of {ring}"
+    return f"{row['model']['name']}, {short(row['seq_len'])}, {where}: {kept(row['choice'])}"
 
 
 def kept(choice: dict[str, Any]) -> str:
@@ -104,9 +115,7 @@ def draw_mfu(report: Report, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.62 * len(rows)), layout="constrained")
     names = []
     for place, row in enumerate(rows):
-        choice = row["choice"]
-        ring = "one GPU" if choice["ring"] == 1 else f"ring of {choice['ring']}"
-        names.append(f"{row['model']['name']}, {short(row['seq_len'])}, {ring}\n{kept(choice)}")
+        names.append(title(row).replace(": ", "\n"))
         both = row["expected"]["mfu"], row["mfu"]
         for at, share, colour in zip((0.2, -0.2), both, ("tab:gray", "tab:blue"), strict=True):
             bars = axes.barh(place - at, share, 0.38, color=colour)
@@ -120,6 +129,42 @@ def draw_mfu(report: Report, path: Path) -> None:
     figure.legend(
         handles, ["expected by the planner", "measured"], loc="outside lower center", ncols=2
     )
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def draw_memory(found: list[Estimate], measured: list[tuple[int, int]], path: Path) -> None:
+    """Bytes of a GPU by part against the length of a sequence, as the planner expects them; over
+    them measured peaks, (tokens, bytes).
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    lengths = [each.job.seq_len for each in found]
+    parts = [[each.memory[name] / 1e9 for each in found] for name in STATE_PARTS]
+    peaks = [each.peak_bytes / 1e9 for each in found]
+    work = [peak - sum(held) for peak, held in zip(peaks, zip(*parts, strict=True), strict=True)]
+    names = [*STATE_PARTS, "a layer at work, or the loss"]
+    axes.stackplot(lengths, [*parts, work], labels=names, alpha=0.85)
+    if measured:
+        places, bytes_ = zip(*measured, strict=True)
+        axes.plot(
+            places, [each / 1e9 for each in bytes_], "o", color="black", label="measured peak"
+        )
+    limit = found[0].usable_bytes / 1e9
+    axes.axhline(limit, color="red", linestyle="--", linewidth=1, label=f"usable {limit:.0f} GB")
+    ticks = lengths[::-1][::2]
+    axes.set_xticks(ticks, [short(length) for length in ticks], fontsize=8, rotation=45)
+    axes.set_xlim(lengths[0], lengths[-1])
+    axes.set_ylim(0, 1.05 * max(limit, *peaks))
+    axes.set_xlabel("tokens of a sequence")
+    axes.set_ylabel("GB of a GPU")
+    job, choice = found[0].job, asdict(found[0].choice)
+    axes.set_title(
+        f"{job.model.name}, a ring of {choice['ring']} {job.hardware.name}: kept are "
+        f"{kept(choice)}",
+        fontsize=10,
+    )
+    axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
