@@ -67,7 +67,11 @@ class Hardware:
     """Head dim, and the rates of attention forward and backward that were measured with it."""
 
     def __post_init__(self) -> None:
-        rates = [(f"head_dim_rates of {dim}", rate) for dim, *pair in self.head_dim_rates for rate in pair]
+        rates = [
+            (f"head_dim_rates of {dim}", rate)
+            for dim, *pair in self.head_dim_rates
+            for rate in pair
+        ]
         named = [
             (field.name, getattr(self, field.name))
             for field in fields(self)

@@ -205,7 +205,13 @@ def offloading(job: Job, choice: Choice, told: Explanation) -> tuple[Link, ...]:
     )
     num_bytes = checkpoint_bytes(model, choice) * tokens
     return tuple(
-        Link(name, model.layers / choice.every, num_bytes, job.hardware.host_rate, cover * choice.every)
+        Link(
+            name,
+            model.layers / choice.every,
+            num_bytes,
+            job.hardware.host_rate,
+            cover * choice.every,
+        )
         for name, cover in zip(("to the host", "from the host"), covers, strict=True)
     )
 

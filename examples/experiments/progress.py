@@ -37,7 +37,9 @@ def progress(blocks: Iterable[nn.Module], device: torch.device, shown: bool) -> 
             if finished > told:
                 told = finished
                 again, layer = divmod(told, len(layers))
-                where = f"backward, {layer + 1} computed again" if again else f"forward, {layer + 1}"
+                where = (
+                    f"backward, {layer + 1} computed again" if again else f"forward, {layer + 1}"
+                )
                 say(f"  {where} of {len(layers)} layers, {perf_counter() - begin:.0f} s")
 
     handles = [layer.register_forward_hook(hook) for layer in layers]

@@ -45,7 +45,11 @@ def mfu_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield _line([*name, kept(choice), row["skipped"], *[""] * 8])
             continue
         errors = [f"{row['errors'][key]:+.1%}" for key in ("seconds", "peak_bytes")]
-        numbers = [f"{row['tokens_per_second']:,.0f}", f"{expected['mfu']:.3f}", f"{row['mfu']:.3f}"]
+        numbers = [
+            f"{row['tokens_per_second']:,.0f}",
+            f"{expected['mfu']:.3f}",
+            f"{row['mfu']:.3f}",
+        ]
         seconds = [f"{expected['seconds']:.4g}", f"{row['seconds']:.4g}", errors[0]]
         peaks = [f"{each / 1e9:.4g}" for each in (expected["peak_bytes"], row["peak_bytes"])]
         yield _line([*name, kept(choice), *numbers, *seconds, *peaks, errors[1]])
@@ -103,7 +107,9 @@ def draw_contexts(report: Report, path: Path) -> None:
     axes.set_ylabel("tokens of the longest sequence")
     memory = report["memory_bytes"] / 1e9
     axes.set_title(f"{report['gpus']} x {report['device']}, {memory:.4g} GB each", fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
