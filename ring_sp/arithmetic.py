@@ -40,8 +40,9 @@ def arithmetic(best: Estimate) -> Iterator[tuple[str, str]]:
     yield (
         "activations kept",
         (
-            f"{kept:,.0f} bytes a token ({choice.checkpoint} checkpointing, {model.layers} layers) "
-            f"x {tokens:,} / tensor {choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
+            f"{kept:,.0f} bytes a token ({choice.checkpoint} checkpointing of {choice.every} of "
+            f"{model.layers} layers{', offloaded' if choice.offload else ''}) x {tokens:,} / tensor "
+            f"{choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
         ),
     )
     work = {
@@ -86,7 +87,7 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
     for name, flops, rate, each in zip(
         ("forward", "backward"),
         (4, 10),
-        (hardware.forward_rate, hardware.backward_rate),
+        hardware.attention_rates(model.head_dim),
         best.attention,
         strict=True,
     ):
@@ -96,7 +97,7 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
             (
                 f"{flops} x {told.heads} heads x {model.head_dim} x {load.pairs:.4g} pairs at "
                 f"{rate / 1e12:,.0f} TFLOP/s = {work / rate * 1e3:,.1f} ms; with folding, "
-                f"{load.hops + 1} visits and small heads {each.seconds * 1e3:,.1f} ms"
+                f"{load.hops + 1} visits {each.seconds * 1e3:,.1f} ms"
             ),
         )
     local = tokens * job.batch // choice.data
@@ -111,7 +112,7 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
     yield (
         "step",
         " + ".join(f"{seconds:,.3g}" for seconds in best.times.values())
-        + f" = {best.seconds:,.4g} s ({', '.join(best.times)})",
+        + f" = {best.seconds:,.4g} s = {best.seconds / 3600:.2g} hours ({', '.join(best.times)})",
     )
     yield (
         "MFU",

@@ -28,6 +28,8 @@ class Sizes:
     heads: tuple[int, int]
     head_dim: int
     dtype: torch.dtype
+    other_head_dims: tuple[int, ...] = (64,)
+    """Besides which attention alone is measured with."""
 
 
 GPU = Sizes(8192, 1 << 30, 1 << 28, 1 << 14, (32, 8), 128, torch.bfloat16)
@@ -68,15 +70,23 @@ def measure(group: Group, seq: int | None = None) -> Bench:
         "matmul_rate": _products(group, sizes),
         "copy_rate": _copies(group, sizes),
     }
-    kernel, forward, both, work = _attention(group, sizes, alone=True)
-    rates |= {"forward_rate": 4 * work / forward, "backward_rate": 10 * work / (both - forward)}
+    if group.device.type == "cuda":
+        rates["host_rate"] = _host_copies(group, sizes)
+    kernel, *pair = _attention_rates(group, sizes)
+    rates |= zip(("forward_rate", "backward_rate"), pair, strict=True)
     rates = {name: min(group.everywhere(rate)) for name, rate in rates.items()}
+    by_head_dim = []
+    for dim in sizes.other_head_dims:
+        _, *own = _attention_rates(group, replace(sizes, head_dim=dim))
+        forward, backward = map(min, zip(*group.everywhere(own), strict=True))
+        by_head_dim.append((dim, forward, backward))
     hops, share = tuple(_hops(group, sizes)), 1.0
     if group.size > 1:
         _, _, whole, work = _attention(group, sizes, alone=False)
         ideal = work / group.size * (4 / rates["forward_rate"] + 10 / rates["backward_rate"])
         share = ideal / max(group.everywhere(whole))
-    return Bench(_hardware(group, rates, hops), sizes, hops, kernel, share)
+    machine = replace(_hardware(group, rates, hops), head_dim_rates=tuple(by_head_dim))
+    return Bench(machine, sizes, hops, kernel, share)
 
 
 def lines(found: Bench) -> Iterator[str]:
@@ -91,6 +101,11 @@ def lines(found: Bench) -> Iterator[str]:
         f"{machine.backward_rate / 1e12:,.3f} backward TFLOP/s, {found.kernel}, causal, "
         f"{sizes.tokens} tokens, {sizes.heads[0]}:{sizes.heads[1]} heads of {sizes.head_dim}"
     )
+    for dim, forward, backward in machine.head_dim_rates:
+        rates = f"{forward / 1e12:,.3f} forward, {backward / 1e12:,.3f} backward TFLOP/s"
+        yield f"  heads of {dim:<8} {rates}"
+    if "host_rate" in machine.measured:
+        yield f"host's memory      {machine.host_rate / 1e9:,.1f} GB/s each way, both at once"
     for hop in found.hops:
         where = "" if hop.same_host else ", between hosts"
         yield f"hop {hop.source} -> {hop.target:<10} {hop.rate / 1e9:,.2f} GB/s each way{where}"
@@ -115,6 +130,27 @@ def _copies(group: Group, sizes: Sizes) -> float:
     source = torch.ones(sizes.copied, dtype=torch.uint8, device=group.device)
     into = torch.empty_like(source)
     return 10 * 2 * sizes.copied / group.seconds(_times(10, lambda: into.copy_(source)))
+
+
+def _host_copies(group: Group, sizes: Sizes) -> float:
+    """bytes/s to the host's pinned memory, while as much comes back."""
+    there, back = (torch.empty(sizes.copied, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    source, into = (torch.empty(sizes.copied, dtype=torch.uint8, device=group.device) for _ in "ab")
+    streams = [torch.cuda.Stream(group.device) for _ in range(2)]
+
+    def step() -> None:
+        pairs = (there, source), (into, back)
+        for stream, (target, given) in zip(streams, pairs, strict=True):
+            with torch.cuda.stream(stream):
+                target.copy_(given, non_blocking=True)
+
+    return sizes.copied / group.seconds(step)
+
+
+def _attention_rates(group: Group, sizes: Sizes) -> tuple[str, float, float]:
+    """The kernel, and FLOP/s of its forward and of its backward."""
+    kernel, forward, both, work = _attention(group, sizes, alone=True)
+    return kernel, 4 * work / forward, 10 * work / (both - forward)
 
 
 def _attention(group: Group, sizes: Sizes, alone: bool) -> tuple[str, float, float, float]:

@@ -6,7 +6,7 @@ from functools import cached_property
 from ring_sp import step_memory, step_time
 from ring_sp.explanation import Explanation
 from ring_sp.job import Choice, Job, explained, refuse
-from ring_sp.step_time import Pass
+from ring_sp.step_time import Link, Pass
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,20 @@ class Estimate:
         return self.job.hardware.memory_bytes * (1 - step_memory.RESERVE)
 
     @property
+    def host_bytes(self) -> float:
+        """Of the host's memory, for one GPU."""
+        return step_memory.offloaded(self.job, self.choice, self.told)
+
+    @property
+    def offloading(self) -> tuple[Link, ...]:
+        """What goes to the host's memory and comes back."""
+        return step_time.offloading(self.job, self.choice, self.told)
+
+    @property
     def missing_bytes(self) -> float:
-        """By which it does not fit; 0 if it fits."""
-        return max(0.0, self.peak_bytes - self.usable_bytes)
+        """By which it does not fit, on the GPU or in its host's memory; 0 if it fits."""
+        missing = self.peak_bytes - self.usable_bytes
+        return max(0.0, missing, self.host_bytes - self.job.hardware.host_memory_bytes)
 
     @property
     def fits(self) -> bool:

@@ -14,10 +14,15 @@ SHARES = {
     "copy_rate": ("memory_bandwidth", 4.2e12 / 4.8e12),
     "link_rate": ("link_bandwidth", 285e9 / 450e9),
     "network_rate": ("network_bandwidth", 0.9),
+    "host_rate": ("host_bandwidth", 0.85),
 }
 """Each achieved rate as a share of a datasheet's number. Measured on H200 (torch 2.11, bf16:
 products of 8192^3; flash-attn-4, causal, head dim 128, 32k tokens; device copies; NCCL send and
-receive of 256 MiB), but for the network's, which is assumed.
+receive of 256 MiB), but for the network's and the host's, which are assumed.
+"""
+HEAD_DIM_SHARES = {64: (0.82, 0.89), 128: (1.0, 1.0), 256: (1.08, 0.63)}
+"""Rates of attention, forward and backward, by head dim, as shares of those of 128: flash-attn-4 on
+one H200, causal, 16k tokens, 32:32 heads of 64 and 16:8 of 256 beside 32:8 of 128.
 """
 
 
@@ -52,19 +57,48 @@ class Hardware:
     link_rate: float
     network_rate: float
     measured: tuple[str, ...] = ()
+    host_memory_bytes: float = 200e9
+    """Of the host's memory, what a GPU may have; assumed."""
+    host_bandwidth: float = 64e9
+    """To the memory of its own host, by PCIe 5."""
+    host_rate: float = 0.85 * 64e9
+    """The same, while as much comes back."""
+    head_dim_rates: tuple[tuple[int, float, float], ...] = ()
+    """Head dim, and the rates of attention forward and backward that were measured with it."""
 
     def __post_init__(self) -> None:
-        for field in fields(self)[1:-1]:
-            value = getattr(self, field.name)
+        rates = [
+            (f"head_dim_rates of {dim}", rate)
+            for dim, *pair in self.head_dim_rates
+            for rate in pair
+        ]
+        named = [
+            (field.name, getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in {"name", "measured", "head_dim_rates"}
+        ]
+        for name, value in named + rates:
             if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise ValueError(
-                    f"hardware {self.name}: {field.name} must be a number above 0; got {value!r}"
+                    f"hardware {self.name}: {name} must be a number above 0; got {value!r}"
                 )
         unknown = set(self.measured) - SHARES.keys()
         if unknown:
             raise ValueError(
                 f"hardware {self.name}: measured can name {', '.join(SHARES)}; got {unknown}"
             )
+
+    def attention_rates(self, head_dim: int) -> tuple[float, float]:
+        """FLOP/s of causal attention, forward and backward: those measured with this head dim, or
+        else those of 128 times the share of the next larger one in `HEAD_DIM_SHARES`.
+        """
+        for dim, forward, backward in self.head_dim_rates:
+            if dim == head_dim:
+                return forward, backward
+        largest = max(HEAD_DIM_SHARES)
+        near = min(dim for dim in HEAD_DIM_SHARES if dim >= min(head_dim, largest))
+        shares = HEAD_DIM_SHARES[near]
+        return self.forward_rate * shares[0], self.backward_rate * shares[1]
 
     def reach(self, span: int) -> float:
         """Achieved bytes/s between ranks of a group that spans `span` GPUs in rank order."""
@@ -86,6 +120,7 @@ def from_datasheet(
     compute: tuple[float, float, float],
     links: tuple[float, float, int],
     measured: dict[str, float] | None = None,
+    host_bandwidth: float = 64e9,
 ) -> Hardware:
     """`compute` is peak FLOP/s, memory in bytes and its bytes/s; `links` bytes/s in a host and
     between hosts, and GPUs of a host. Rates that were not measured are `SHARES`.
@@ -93,6 +128,7 @@ def from_datasheet(
     names = ("peak_flops", "memory_bytes", "memory_bandwidth")
     sheet: dict[str, Any] = dict(zip(names, compute, strict=True))
     sheet |= zip(("link_bandwidth", "network_bandwidth", "gpus_per_host"), links, strict=True)
+    sheet["host_bandwidth"] = host_bandwidth
     found = measured or {}
     rates = {rate: share * sheet[of] for rate, (of, share) in SHARES.items()}
     return Hardware(name, **sheet, **rates | found, measured=tuple(found))
@@ -110,6 +146,7 @@ def known() -> dict[str, Hardware]:
         "tpu-v5e": ((196e12, 16e9, 0.82e12), (186e9, 186e9, 256)),
     }
     machines = {name: from_datasheet(name, *sheet) for name, sheet in gpus.items()}
+    machines["a100"] = from_datasheet("a100", *gpus["a100"], host_bandwidth=32e9)
     measured = {
         "matmul_rate": 700e12,
         "forward_rate": 650e12,
@@ -136,7 +173,10 @@ def find(name: str) -> Hardware:
             f"hardware must be one of {', '.join(machines)}, or a .json file; got {name}"
         )
     facts = read_json(path, Hardware)
-    return Hardware(**facts | {"measured": tuple(facts.get("measured", ()))})
+    rates = tuple(map(tuple, facts.get("head_dim_rates", ())))
+    return Hardware(
+        **facts | {"measured": tuple(facts.get("measured", ())), "head_dim_rates": rates}
+    )
 
 
 def write(hardware: Hardware, path: Path) -> None:

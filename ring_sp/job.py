@@ -60,6 +60,10 @@ class Choice:
     loss_chunk: int | None = None
     """Tokens of a chunk of the logits; None for all at once."""
     shard: str = "optimizer"
+    every: int = 1
+    """Layers of a checkpoint, which keeps the input of the first of them."""
+    offload: bool = False
+    """Whether what checkpoints keep lies in the host's memory until it is wanted."""
 
     @property
     def sequence(self) -> int:
@@ -102,6 +106,10 @@ def refuse(job: Job, choice: Choice) -> str | None:
             not choice.exchange.startswith("gather") or min(choice.outer, choice.ring) == 1,
             "a gather is for one ring, not for a ring of rings",
         ),
+            choice.checkpoint != "none" or (choice.every == 1 and not choice.offload),
+            "every and offload are of checkpoints, and there are none",
+        ),
+        (choice.every <= model.layers, f"a checkpoint of {choice.every} layers is more than all"),
     )
     return next((reason for met, reason in needs if not met), None)
 

@@ -5,7 +5,7 @@ more than all else, and its result is no larger than the stretch's input. Whoeve
 again, a host included, does it `recording` first and `replaying` after.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,7 +14,31 @@ from torch import Tensor
 Result = tuple[Tensor, Tensor]
 """out and lse."""
 
+Hold = Callable[[Tensor], Callable[[], Tensor]]
+"""Keeps a tensor, and gives what gives it back, any number of times."""
+
+
+def hold(tensor: Tensor) -> Callable[[], Tensor]:
+    """Keep a tensor where it is. Raises RuntimeError if it has changed when it is given back."""
+    version = tensor._version
+
+    def give() -> Tensor:
+        refuse_changed(tensor, version)
+        return tensor
+
+    return give
+
+
+def refuse_changed(kept: Tensor, version: int) -> None:
+    """Raise RuntimeError for a tensor that was changed in place since it had that version."""
+    if kept._version != version:
+        raise RuntimeError("what a checkpoint keeps was changed in place since it was kept")
+
+
 _current: ContextVar["Kept | None"] = ContextVar("kept", default=None)
+
+
+_Call = tuple[Hashable, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
 
 
 class Kept:
@@ -24,9 +48,10 @@ class Kept:
     is not seen: there a policy of selective checkpointing keeps `ring_sp::attention`.
     """
 
-    def __init__(self) -> None:
-        self._results: list[tuple[Hashable, Result]] = []
-        self._turn: Iterator[tuple[Hashable, Result]] | None = None
+    def __init__(self, hold: Hold = hold) -> None:
+        self._hold = hold
+        self._results: list[_Call] = []
+        self._turn: Iterator[_Call] | None = None
         self._outer: Kept | None = None
         self.recorded = False
         """Whether the stretch has run once."""
@@ -45,7 +70,7 @@ class Kept:
             yield
 
     @contextmanager
-    def _as_current(self, turn: Iterator[tuple[Hashable, Result]] | None) -> Iterator[None]:
+    def _as_current(self, turn: Iterator[_Call] | None) -> Iterator[None]:
         self._turn, self._outer = turn, _current.get()
         token = _current.set(self)
         try:
@@ -60,18 +85,20 @@ class Kept:
         """
         if self._turn is None:
             return self._outer.take(call) if self._outer else None
-        first, result = next(self._turn, (None, None))
-        if result is None or first != call:
+        first, gives = next(self._turn, (None, None))
+        if gives is None or first != call:
             raise RuntimeError(
                 f"a recomputed stretch must make the calls of ring_attention that it made first; "
                 f"first {first}, now {call}"
             )
-        return result
+        out, lse = gives
+        return out(), lse()
 
     def put(self, call: Hashable, result: Result) -> None:
         """Keep the result of a call, unless it came from here."""
         if self._turn is None:
-            self._results.append((call, result))
+            out, lse = result
+            self._results.append((call, (self._hold(out), self._hold(lse))))
             if self._outer:
                 self._outer.put(call, result)
 

@@ -99,6 +99,7 @@ class _LinearLoss(torch.autograd.Function):
                 dx[at] = _summed(into, options.vocab_group)
             if dweight is not None:
                 dweight += _product(dlogits.mT, x[at], wide)
+            del dlogits  # Or it would lie beside the next chunk's logits.
         ctx.gradients = dx, dweight
         ctx.dtype = x.dtype
         return total

@@ -1,6 +1,6 @@
 """Shapes of decoder-only transformers for the planner: weights and FLOPs. No torch here."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class ModelShape:
 
 
 def known() -> dict[str, ModelShape]:
-    """Llamas as published, and the GPTs of arXiv:2310.01889 appendix D, which names their hidden
+    """Llamas and Qwens as published, and the GPTs of arXiv:2310.01889 appendix D, which names their hidden
     sizes only: layers make 12 layers hidden^2 the weights of the name; head dim 128, LLaMA's 32,000
     words.
     """
@@ -80,7 +80,12 @@ def known() -> dict[str, ModelShape]:
         "llama-70b": (80, 8192, 64, 8, 128, 28672, 128256),
         "llama-405b": (126, 16384, 128, 8, 128, 53248, 128256),
     }
-    models = {name: ModelShape(name, *sizes) for name, sizes in llamas.items()}
+    qwens: dict[str, tuple[Any, ...]] = {
+        "qwen3-0.6b": (28, 1024, 16, 8, 128, 3072, 151936, True, True),
+        "qwen3-1.7b": (28, 2048, 16, 8, 128, 6144, 151936, True, True),
+        "qwen3-8b": (36, 4096, 32, 8, 128, 12288, 151936),
+    }
+    models = {name: ModelShape(name, *sizes) for name, sizes in (llamas | qwens).items()}
     for size, (weights, hidden) in PAPER_SIZES.items():
         name, heads, layers = f"gpt-{size}", hidden // 128, round(weights / 12 / hidden**2)
         models[name] = ModelShape(
@@ -101,13 +106,38 @@ PAPER_SIZES = {
 
 
 def find(name: str) -> ModelShape:
-    """The model of a name or of a JSON file. Raises ValueError for what is neither, listing the
-    known names, and for a file that does not describe a model.
+    """The model of a name or of a JSON file, with other sizes where given: "llama-8b:layers=4" or
+    "llama-1b:heads=16,head_dim=128". Raises ValueError for what is neither, listing the known names,
+    for fields that a model has not, and for a file that does not describe a model.
     """
+    base, changed = options(name)
     models = known()
-    if name in models:
-        return models[name]
-    path = Path(name)
-    if path.suffix != ".json" or not path.is_file():
-        raise ValueError(f"model must be one of {', '.join(models)}, or a .json file; got {name}")
-    return ModelShape(**read_json(path, ModelShape))
+    if base in models:
+        found = models[base]
+    else:
+        path = Path(base)
+        if path.suffix != ".json" or not path.is_file():
+            raise ValueError(
+                f"model must be one of {', '.join(models)}, or a .json file; got {name}"
+            )
+        found = ModelShape(**read_json(path, ModelShape))
+    names = [field.name for field in fields(ModelShape)]
+    if changed.keys() - names[1:]:
+        raise ValueError(f"of a model {', '.join(names[1:])} can be given; got {name}")
+    return replace(found, name=name if changed else found.name, **changed)
+
+
+def options(text: str) -> tuple[str, dict[str, Any]]:
+    """A name, and what follows it: "name:count=4,flag=true" gives (name, {count: 4, flag: True}).
+    Raises ValueError for another form.
+    """
+    name, _, rest = text.partition(":")
+    found: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            found[key] = {"true": True, "false": False}.get(value.lower(), None)
+            found[key] = int(value) if found[key] is None else found[key]
+        except ValueError:
+            raise ValueError(f"{part!r} of {text!r} is not name=number or name=true") from None
+    return name, found

@@ -1,20 +1,19 @@
-"""Attention and a decoder over sharded sequences, for those without a host framework.
+"""Attention over sharded sequences with its projections, for those without a host framework.
 
-Both shard a whole sequence themselves, or take this rank's part and the sequence that it is part
-of. Either way every rank of the topology gets the whole gradient of every parameter, as one process
-would; a plain optimizer, or DistributedDataParallel over the world, goes on from there. Parameters
-must start equal: seed every rank alike, or load a state_dict, which is the same for any topology.
+Modules here and in `transformer` shard a whole sequence themselves, or take this rank's part and
+the sequence that it is part of. Either way every rank of the topology gets the whole gradient of
+every parameter, as one process would; a plain optimizer, or DistributedDataParallel over the world,
+goes on from there. Parameters must start equal: seed every rank alike, or load a state_dict, which
+is the same for any topology.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ring_sp import masks
 from ring_sp.attention import ring_attention
-from ring_sp.linear_loss import linear_cross_entropy
 from ring_sp.masks import Mask
 from ring_sp.replicated import replicated
 from ring_sp.rotary import Rotation, rotate, rotation
@@ -81,7 +80,7 @@ class RingAttention(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.sequences = _Sequences(topology or Topology(), mask, layout)
+        self.sequences = Sequences(topology or Topology(), mask, layout)
         kv_replication(config.num_heads, config.kv_heads, self.sequences.topology.ulysses.size)
         q_dim, kv_dim = (n * config.head_size for n in (config.num_heads, config.kv_heads))
         self.wq = nn.Linear(config.dim, q_dim, config.bias)
@@ -138,92 +137,7 @@ class RingAttention(nn.Module):
         return self.wo(out.flatten(2))
 
 
-class RingTransformer(nn.Module):
-    """A decoder-only language model: RMSNorm before rotary attention and before SwiGLU."""
-
-    def __init__(
-        self,
-        vocab_size: int,
-        depth: int,
-        attention: AttentionConfig,
-        ff_multiple: int = 3,
-        tied: bool = True,
-        topology: Topology | None = None,
-        mask: Mask | None = None,
-        layout: str = "zigzag",
-    ) -> None:
-        """The feed-forward is ff_multiple * dim wide; a `tied` head is the embedding's weight."""
-        super().__init__()
-        dim, self.config = attention.dim, attention
-        self.sequences = _Sequences(topology or Topology(), mask, layout)
-        self.embedding = nn.Embedding(vocab_size, dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(
-            _Block(RingAttention(attention, topology, mask, layout), ff_multiple * dim)
-            for _ in range(depth)
-        )
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        sequence: ShardedSequence | None = None,
-        mask: Mask | None = None,
-    ) -> Tensor:
-        """Without `sequence`, tokens [B, S] are whole and equal on every rank, and so are the
-        logits [B, S, vocab]; `mask` replaces the module's own. With it, tokens are this rank's part
-        [B, local_len], and so are the logits; the mask is the sequence's.
-
-        With `labels`, from `loss.shift_labels` of the whole tokens and cut as tokens are: the mean
-        loss over all tokens of the sequence whose label is not IGNORE, the same on every rank.
-        Collective over the topology. Raises ValueError, before any communication, for input that
-        does not fit.
-        """
-        for name, given in (("tokens", tokens), ("labels", tokens if labels is None else labels)):
-            if given.dim() != 2 or given.shape != tokens.shape or given.dtype.is_floating_point:
-                raise ValueError(
-                    f"{name} must be integers [batch, tokens], labels one for each token; got "
-                    f"{given.dtype} {tuple(given.shape)} with tokens {tuple(tokens.shape)}"
-                )
-        tokens, place = self.sequences.part(tokens, sequence, mask)
-        if labels is not None and sequence is None:
-            labels = place.shard(labels)
-        out = replicated(self.sequences.topology, self, self._local, tokens, labels, place)
-        return place.unshard(out) if labels is None and sequence is None else out
-
-    def _local(self, tokens: Tensor, labels: Tensor | None, sequence: ShardedSequence) -> Tensor:
-        x = self.embedding(tokens.long())
-        turn = rotation(sequence, x, self.config.head_size, self.config.rotary_base)
-        for block in self.blocks:
-            x = block(x, sequence, turn)
-        x, weight = self.norm(x), (self.head or self.embedding).weight
-        if labels is None:
-            return functional.linear(x, weight)
-        group = sequence.topology.group if sequence.topology.size > 1 else None
-        return linear_cross_entropy(x, weight, labels.long(), group=group)
-
-
-class _Block(nn.Module):
-    def __init__(self, attention: RingAttention, width: int) -> None:
-        super().__init__()
-        dim = attention.config.dim
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.attention = attention
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.up = nn.Linear(dim, 2 * width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
-
-    def forward(self, x: Tensor, sequence: ShardedSequence, turn: Rotation | None) -> Tensor:
-        part = self.attention_norm(x), sequence
-        x = x + self.attention.attend(part, part, turn)
-        gate, up = self.up(self.feed_forward_norm(x)).chunk(2, -1)
-        return x + self.down(functional.silu(gate) * up)
-
-
-class _Sequences:
+class Sequences:
     """Where the sequences of a module live; remembers the last few, with tiles and agreements."""
 
     def __init__(self, topology: Topology, mask: Mask | None, layout: str) -> None:
@@ -261,6 +175,6 @@ class _Sequences:
             del self._kept[next(iter(self._kept))]
         return self._kept[key]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Sequences":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sequences":
         """Itself: only facts, and process groups, which cannot be copied."""
         return self

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ring_sp.fit import Options, fitting_kernel, kernel_for
-from ring_sp.kept import current
+from ring_sp.kept import Result, current
 from ring_sp.kernels import Kernel
 from ring_sp.kernels.contract import Rows, accumulation_dtype
 from ring_sp.passes import Drops, Setting, Wire, attend, gradients
@@ -47,9 +47,9 @@ def operate(
     call = sequence.number, keys.number, q.shape, k.shape, v.shape, q.dtype, options
     known = store and store.take(call)
     place = sequence.number, keys.number, sequence.topology.ulysses.size
-    out, lse, *_ = torch.ops.ring_sp.attention(
-        q, k, v, sinks, *(known or (None, None)), *place, *options, trained
-    )
+    asked = q, k, v, sinks, *place, *options, trained
+    found = _Known.apply(known, *asked) if known else torch.ops.ring_sp.attention(*asked)
+    out, lse, *_ = found
     if store:
         store.put(call, (out.detach(), lse.detach()))
     return out, lse
@@ -81,22 +81,22 @@ def typed(
 @torch.library.custom_op(
     "ring_sp::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? known_out, Tensor? known_lse, "
-    f"{_PLACE}, {_OPTIONS}, bool trained)"
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_PLACE}, {_OPTIONS}, bool trained)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    known_out: Tensor | None,
-    known_lse: Tensor | None,
-    *asked: Any,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *asked: Any
 ) -> tuple[Tensor, ...]:
-    """(out, lse), computed unless they are known, and for the backward kv as it travels and, from
-    Ulysses peers, (q, out, lse) as the ring sees them: all tokens of the peers, this peer's heads.
+    """(out, lse), and for the backward kv as it travels and, from Ulysses peers, (q, out, lse) as
+    the ring sees them: all tokens of the peers, this peer's heads.
     """
+    return _results(None, q, k, v, sinks, *asked)
+
+
+def _results(
+    known: Result | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *asked: Any
+) -> tuple[Tensor, ...]:
+    """What `attention` gives, around (out, lse) that are known, or are computed."""
     number, kv_number, peers, *options, trained = asked
     sequence, keys = numbered(number), numbered(kv_number)
     chosen = fitting_kernel(q, k, v, sequence, keys, sinks, Options(*options), trained)
@@ -107,14 +107,14 @@ def attention(
     q, k, v = to_heads(q, ulysses, lens), *(to_heads(x, ulysses, keys.peer_lens) for x in (k, v))
     q, wire = dense(q), Wire.of(k, v)
     kv = wire.join(k, v)
-    if known_out is None or known_lse is None:
+    if known is None:
         out, lse = attend(q, kv, wire, _setting(sequence, keys, chosen, Options(*options), q))
         whole = to_sequence(rows_first(lse), ulysses, lens)
         own = (out, lse) if peers == 1 else (to_sequence(out, ulysses, lens), _heads_first(whole))
     else:
-        own = known_out.clone(), known_lse.clone()  # No result may be an argument.
-        out = to_heads(known_out, ulysses, lens)
-        lse = _heads_first(to_heads(rows_first(known_lse), ulysses, lens))
+        own = known
+        out = to_heads(known[0], ulysses, lens)
+        lse = _heads_first(to_heads(rows_first(known[1]), ulysses, lens))
     traded = (q, out, lse) if peers > 1 else (q.new_empty(0) for _ in range(3))
     return *own, kv, *traded
 
@@ -125,8 +125,6 @@ def _(
     k: Tensor,
     v: Tensor,
     _sinks: Tensor | None,
-    _known_out: Tensor | None,
-    _known_lse: Tensor | None,
     number: int,
     kv_number: int,
     peers: int,
@@ -213,7 +211,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, sinks, _, _, number, kv_number, peers, *options, trained = inputs
+    q, k, v, sinks, number, kv_number, peers, *options, trained = inputs
     out, lse, kv, *traded = output
     ctx.save_for_backward(*([q, kv, out, lse] if peers == 1 else [traded[0], kv, *traded[1:]]))
     lse_gradient = trained and (Options(*options).return_lse or sinks is not None)
@@ -227,7 +225,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    unasked = (None,) * 13
+    unasked = (None,) * 11
     if dout is None and dlse is None:
         return None, None, None, *unasked
     q, kv, out, lse = ctx.saved_tensors
@@ -238,6 +236,26 @@ def _differentiate(
 
 def _refuse(*_: Any) -> None:
     raise NotImplementedError("ring attention has no second derivative")
+
+
+class _Known(torch.autograd.Function):
+    """`attention` with its (out, lse) known: a recomputation, which keeps what a backward needs.
+
+    No operator, since none may give what it was given, and a copy of out would be one too many.
+    """
+
+    @staticmethod
+    def forward(known: Result, *asked: Any) -> tuple[Tensor, ...]:
+        out, lse = known
+        return _results((out.detach(), lse.detach()), *asked)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _keep(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return None, *_differentiate(ctx, *grads)
 
 
 attention.register_autograd(_differentiate, setup_context=_keep)

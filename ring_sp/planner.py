@@ -8,6 +8,7 @@ from ring_sp.estimate import Estimate
 from ring_sp.job import Job, explained, refuse
 from ring_sp.layout import LAYOUTS
 from ring_sp.search import FF_CHUNK, SPLIT, best_of, check_fixed, choices, search
+from ring_sp.step_time import Link
 
 MEASURED_COPIES = 2
 """GPUs with which copies were measured (examples/benchmarks/RESULTS.md)."""
@@ -55,7 +56,7 @@ def plan(job: Job, **fixed: Any) -> Plan:
 def _reasons(best: Estimate, found: list[Estimate]) -> dict[str, str]:
     """For each field that was searched, the best of each other value beside it."""
     reasons = {}
-    for name in (*SPLIT, "checkpoint", "ff_chunk", "shard"):
+    for name in (*SPLIT, "checkpoint", "ff_chunk", "shard", "offload"):
         own = getattr(best.choice, name)
         others = dict.fromkeys(getattr(each.choice, name) for each in found)
         rivals = [
@@ -112,8 +113,10 @@ def _hiding(best: Estimate) -> Iterator[str]:
     if choice.ulysses > 1:
         alone = sum(each.alone for each in best.attention) * 1e3
         yield f"all-to-alls of a layer (and sums on their way home): {alone:.2f} ms, never hidden"
+    for link in best.offloading:
+        yield f"{link.name}, a checkpoint: {_under(link, 'a checkpoint of layers')}"
     ratio = best.told.kv_heads / best.told.heads
-    rates = job.hardware.forward_rate, job.hardware.backward_rate
+    rates = job.hardware.attention_rates(job.model.head_dim)
     station = max(load.tokens for load in best.told.loads) * choice.ulysses
     for name, each, rate, factor in zip(
         ("forward", "backward"),
@@ -129,12 +132,15 @@ def _hiding(best: Estimate) -> Iterator[str]:
             law = f"{factor} g F / B" + (f" / {inner}" if inner > 1 else "")
             holds = f"; {law} = {least:,.0f} tokens, {station:,} here"
             turned = name == "backward" and best.told.backward_travels == "queries"
-            yield (
-                f"{name}, {link.name}: {link.num_bytes / 1e6:,.1f} MB at "
-                f"{link.rate / 1e9:,.0f} GB/s take {link.seconds * 1e3:.2f} ms under "
-                f"{link.cover * 1e3:.2f} ms of attention: "
-                f"{'hidden' if not link.exposed else 'NOT hidden'}{'' if turned else holds}"
-            )
+            yield f"{name}, {link.name}: {_under(link, 'attention')}{'' if turned else holds}"
+
+
+def _under(link: Link, work: str) -> str:
+    return (
+        f"{link.num_bytes / 1e6:,.1f} MB at {link.rate / 1e9:,.0f} GB/s take "
+        f"{link.seconds * 1e3:.2f} ms under {link.cover * 1e3:.2f} ms of {work}: "
+        f"{'NOT hidden' if link.exposed else 'hidden'}"
+    )
 
 
 def _advice(best: Estimate, found: list[Estimate]) -> Iterator[str]:
@@ -181,23 +187,10 @@ def _remedies(best: Estimate, fixed: dict[str, Any]) -> Iterator[str]:
 
     more = next((n for n in (job.gpus << i for i in range(1, 5)) if fit(gpus=n)), None)
     yield (
-        f"{more} GPUs with full checkpointing, chunks and FSDP"
+        f"{more} GPUs with full checkpointing, chunks, FSDP and, if need be, offloading"
         if more
         else f"not even {job.gpus * 16} GPUs: a smaller model, or more memory a GPU"
     )
-    # All but the layer at work and the one that comes next, in the host's memory.
-    left = 1 - 2 / max(job.model.layers, 2)
-    offloaded = [
-        each
-        for each in search(job, small)
-        if each.missing_bytes <= left * each.memory["activations kept"]
-    ]
-    if offloaded:
-        least = min(left * each.memory["activations kept"] for each in offloaded)
-        yield (
-            f"what layers keep offloaded to the host's memory, {least / 1e9:.1f} GB a GPU, with "
-            f"the same on {job.gpus} GPUs"
-        )
     longest = _longest(job, lambda length: fit(seq_len=length))
     if longest:
         yield f"at most {longest:,} tokens on {job.gpus} GPUs, with the same"

@@ -40,7 +40,7 @@ def _complexity(each: Estimate) -> tuple[float, ...]:
     """Means beside data parallelism and one ring, and among as many the times."""
     choice = each.choice
     axes = sum(size > 1 for size in (choice.tensor, choice.ulysses, choice.outer))
-    kept = CHECKPOINTS.index(choice.checkpoint) + (choice.ff_chunk is not None)
+    kept = CHECKPOINTS.index(choice.checkpoint) + (choice.ff_chunk is not None) + choice.offload
     return axes + kept + SHARDS.index(choice.shard), each.seconds
 
 
@@ -54,7 +54,9 @@ def check_fixed(fixed: dict[str, Any]) -> None:
     for name, value in fixed.items():
         if name in names and value not in names[name]:
             raise ValueError(f"{name} must be one of {', '.join(names[name])}; got {value!r}")
-        if name not in names and value is not None and value < 1:
+        if name == "offload" and not isinstance(value, bool):
+            raise ValueError(f"offload must be True or False; got {value!r}")
+        if name not in {*names, "offload"} and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
 
 
@@ -65,13 +67,17 @@ def choices(job: Job, fixed: dict[str, Any], checked: bool = True) -> Iterator[C
         span = sizes["tensor"] * sizes["ulysses"] * sizes["ring"] * sizes["outer"]
         copies = span <= job.hardware.gpus_per_host and sizes["ring"] > 2
         base = {"loss_chunk": loss_chunk, "exchange": "copies" if copies else "messages"} | fixed
-        for shard, checkpoint, ff_chunk in product(
-            [fixed["shard"]] if "shard" in fixed else SHARDS,
-            [fixed["checkpoint"]] if "checkpoint" in fixed else CHECKPOINTS,
-            [fixed["ff_chunk"]] if "ff_chunk" in fixed else (None, FF_CHUNK),
-        ):
-            options = {"shard": shard, "checkpoint": checkpoint, "ff_chunk": ff_chunk}
-            choice = Choice(**base | sizes | options)
+        searched = {
+            "shard": SHARDS,
+            "checkpoint": CHECKPOINTS,
+            "ff_chunk": (None, FF_CHUNK),
+            "offload": (False, True),
+        }
+        searched |= {name: (fixed[name],) for name in searched.keys() & fixed.keys()}
+        for options in product(*searched.values()):
+            choice = Choice(**base | sizes | dict(zip(searched, options, strict=True)))
+            if choice.offload and choice.checkpoint == "none" and "offload" not in fixed:
+                continue
             if not checked or refuse(job, choice) is None:
                 yield choice
 

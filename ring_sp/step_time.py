@@ -9,11 +9,23 @@ from dataclasses import dataclass
 from ring_sp.explanation import Explanation
 from ring_sp.job import Choice, Job
 from ring_sp.model_shape import ModelShape
-from ring_sp.step_memory import GRADIENT, WEIGHT
+from ring_sp.step_memory import GRADIENT, WEIGHT, checkpoint_bytes
 
+FITTED_TO = (
+    "Megatron-core steps of 1.03B, 2 H200: 32k tokens on one, 32k and 64k on a ring of 2, and the "
+    "last one's peak (examples/megatron/RESULTS.md)",
+    "attention alone of 32:8 and 16:4 heads of 128: one and two H200 at 16k to 128k tokens "
+    "(examples/benchmarks/RESULTS.md)",
+    "attention alone on a ring of 4 H200 at 16k tokens, for HOST_SECONDS",
+)
+"""The runs that the constants of this module come from: against others it predicts."""
 VISIT_SECONDS = 1e-4
 """Of each visit in a forward or a backward, beside its work: launches, and ranks that wait for
 each other.
+"""
+HOST_SECONDS = 0.55e-3, 1.08e-3
+"""Of a CPU for a visit of a ring in forward and backward: shorter work waits for its launches (4
+H200, 16k tokens; more than a tenth of a millisecond of each is NCCL's).
 """
 OWN_BYTES, VISIT_BYTES = 20, 80
 """Memory traffic of attention's forward and backward for each element of q: delta, float32 sums
@@ -21,8 +33,6 @@ and their conversion; and for each visit after the first, folding its part into 
 """
 FORWARD_SHARE = 0.35
 """Of that traffic, and of what is element-wise."""
-SMALL_HEAD_SHARE = 0.87
-"""Rates of attention with head dim 64 or less, as a share of those with 128 (one H200, 16k)."""
 LAYER_SHARE = 0.9
 """Rate of a layer's matrix products as a share of those of 8192^3."""
 LOSS_BYTES = 64
@@ -75,16 +85,17 @@ def passes(job: Job, choice: Choice, told: Explanation) -> tuple[Pass, Pass]:
     load = max(told.loads, key=lambda load: load.pairs)
     model, hardware = job.model, job.hardware
     hops = max(load.visits for load in told.loads) - 1
-    small = SMALL_HEAD_SHARE if model.head_dim <= 64 else 1.0
     width, reach = told.heads * model.head_dim, choice.tensor * choice.ulysses
     elements = load.tokens * choice.ulysses * width
     traffic = elements * (OWN_BYTES + VISIT_BYTES * hops) / hardware.copy_rate
     heads_rate, found = hardware.reach(reach), []
-    for forward in (True, False):
-        rate = small * (hardware.forward_rate if forward else hardware.backward_rate)
+    rates = hardware.attention_rates(model.head_dim)
+    for forward, rate, host in zip((True, False), rates, HOST_SECONDS, strict=True):
         work = (4 if forward else 10) * width * load.pairs / rate
         work += traffic * (FORWARD_SHARE if forward else 1 - FORWARD_SHARE)
         work += VISIT_SECONDS * (hops + 1)
+        if hops:
+            work = max(work, host * (hops + 1))
         sent = load.forward_kv if forward else load.backward_data + load.backward_sums
         heads = load.forward_heads if forward else load.backward_heads
         links = _links(job, choice, sent / max(hops, 1), work / (hops + 1), hops)
@@ -125,42 +136,85 @@ def times(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
     """Seconds of a step by part; their sum is the step."""
     model, hardware = job.model, job.hardware
     forward, backward = passes(job, choice, told)
-    layers = model.layers * (job.batch // choice.data)
-    tokens = max(load.tokens for load in told.loads) * job.batch // choice.data
+    sequences = job.batch // choice.data
+    layers = model.layers * sequences
+    tokens = max(load.tokens for load in told.loads) * sequences
     of_tensor = tokens / choice.tensor
-    products_rate = hardware.matmul_rate * LAYER_SHARE
-    layer_bytes = element_wise_bytes(model)
-    element_wise = model.layers * layer_bytes + LOSS_BYTES * model.vocab
-    again, again_exposed = _again(model, choice)
-    products = 6 * model.product_weights * of_tensor / products_rate
-    around_ring = choice.checkpoint == "full"
-    recomputed = (
-        2 * model.layers * again * of_tensor / products_rate
-        + (choice.checkpoint != "none")
-        * (FORWARD_SHARE * model.layers * layer_bytes * of_tensor / hardware.copy_rate)
-        + around_ring * layers * forward.seconds
-    )
-    exposed = layers * (forward.exposed * (1 + around_ring) + backward.exposed)
-    exposed += _tensor_seconds(job, choice, tokens) * (1 + again_exposed)
+    element_wise = model.layers * element_wise_bytes(model) + LOSS_BYTES * model.vocab
+    products = 6 * model.product_weights * of_tensor / (hardware.matmul_rate * LAYER_SHARE)
+    exposed = layers * (forward.exposed * (1 + _rings_again(choice)) + backward.exposed)
+    exposed += _tensor_seconds(job, choice, tokens) * (1 + _exposed_again(choice))
+    exposed += sequences * sum(link.exposed for link in offloading(job, choice, told))
     hidden = products + layers * (forward.seconds + backward.seconds)
     return {
         "attention forward": layers * forward.seconds,
         "attention backward": layers * backward.seconds,
         "matrix products": products,
         "element-wise": element_wise * of_tensor / hardware.copy_rate,
-        "recomputation": recomputed,
+        "recomputation": sum(recomputed(job, choice, told).values()),
         "exposed communication": exposed + _sync_seconds(job, choice, hidden),
         "optimizer": _optimizer_seconds(job, choice),
     }
 
 
-def _again(model: ModelShape, choice: Choice) -> tuple[int, float]:
-    """Weights of a layer whose products are computed again (the feed-forward's twice where chunks
-    lie in a checkpoint), and the share of its tensor-parallel transfers made again.
+def recomputed(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
+    """Seconds of what a step computes again, by part. The feed-forward's products are computed
+    three times where its chunks lie in a checkpoint.
     """
-    layer = 0 if choice.checkpoint == "none" else model.layer_weights
-    ffn = model.ffn_weights if choice.ff_chunk else 0
-    return layer + ffn, 0.4 if layer else 0.2 if ffn else 0.0
+    model, hardware = job.model, job.hardware
+    layers = model.layers * (job.batch // choice.data)
+    tokens = max(load.tokens for load in told.loads) / choice.tensor
+    kept = choice.checkpoint == "none"
+    weights = (0 if kept else model.layer_weights) + (model.ffn_weights if choice.ff_chunk else 0)
+    traffic = 0.0 if kept else FORWARD_SHARE * element_wise_bytes(model)
+    forward, _ = passes(job, choice, told)
+    return {
+        "attention forward": _rings_again(choice) * layers * forward.seconds,
+        "matrix products": 2 * weights * layers * tokens / (hardware.matmul_rate * LAYER_SHARE),
+        "element-wise": traffic * layers * tokens / hardware.copy_rate,
+    }
+
+
+def _rings_again(choice: Choice) -> bool:
+    """Whether attention goes round the ring twice."""
+    return choice.checkpoint == "full"
+
+
+def _exposed_again(choice: Choice) -> float:
+    """The share of the tensor-parallel transfers that is made again."""
+    return 0.4 if choice.checkpoint != "none" else 0.2 if choice.ff_chunk else 0.0
+
+
+def offloading(job: Job, choice: Choice, told: Explanation) -> tuple[Link, ...]:
+    """What goes to the host's memory in a forward and comes back in a backward of a sequence, each
+    checkpoint's under the work of another.
+    """
+    if not choice.offload:
+        return ()
+    model, layers = job.model, job.model.layers * (job.batch // choice.data)
+    parts = recomputed(job, choice, told)
+    tokens = max(load.tokens for load in told.loads) / choice.tensor
+    products = 6 * model.layer_weights * tokens / (job.hardware.matmul_rate * LAYER_SHARE)
+    around = element_wise_bytes(model) * tokens / job.hardware.copy_rate
+    attention = passes(job, choice, told)
+    covers = (
+        products / 3 + FORWARD_SHARE * around + attention[0].seconds,
+        products * 2 / 3
+        + (1 - FORWARD_SHARE) * around
+        + attention[1].seconds
+        + sum(parts.values()) / layers,
+    )
+    num_bytes = checkpoint_bytes(model, choice) * tokens
+    return tuple(
+        Link(
+            name,
+            model.layers / choice.every,
+            num_bytes,
+            job.hardware.host_rate,
+            cover * choice.every,
+        )
+        for name, cover in zip(("to the host", "from the host"), covers, strict=True)
+    )
 
 
 def _tensor_seconds(job: Job, choice: Choice, tokens: int) -> float:

@@ -100,6 +100,6 @@ def _shown(value: object) -> str:
 
 
 def _rate(name: str, value: float) -> str:
-    if name in {"copy_rate", "link_rate", "network_rate"}:
+    if name in {"copy_rate", "link_rate", "network_rate", "host_rate"}:
         return f"{value / 1e9:,.0f} GB/s"
     return f"{value / 1e12:,.0f} TFLOP/s"

@@ -70,12 +70,12 @@ def checked(sizes: Sizes) -> None:
     options = None, 3.0, 0.0, None, "auto", True
     torch.library.opcheck(
         torch.ops.ring_sp.attention.default,
-        (q, k, v, sinks, None, None, number, number, peers, *options, True),
+        (q, k, v, sinks, number, number, peers, *options, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     with torch.no_grad():
         out, lse, kv, *traded = torch.ops.ring_sp.attention(
-            q, k, v, sinks, None, None, number, number, peers, *options, False
+            q, k, v, sinks, number, number, peers, *options, False
         )
     saved = (q.detach(), kv, out, lse) if peers == 1 else (traded[0], kv, *traded[1:])
     torch.library.opcheck(
@@ -125,6 +125,6 @@ def test_a_sequence_that_nobody_keeps_outlives_its_backward_only() -> None:
     gc.collect()
     with pytest.raises(RuntimeError, match="sequence of this call is gone"):
         torch.ops.ring_sp.attention(
-            *(x, x, x, None, None, None, number, number, 1),
+            *(x, x, x, None, number, number, 1),
             *(None, None, 0.0, None, "auto", False, False),
         )

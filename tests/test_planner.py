@@ -129,11 +129,11 @@ def test_memory_by_hand() -> None:
     # x, its norm, x again, its norm; q, k, v, out; lse; the SwiGLU's input and output.
     layer = 4 * 2 * 2048 + 2 * (2048 + 512 + 512 + 2048) + 4 * 16 + 2 * 3 * 5632
     assert layer == layer_kept(model)
-    assert parts["activations kept"] == (20 * layer + 2 * 2 * 2048) * tokens
-    assert parts["logits"] == 6 * 32000 * tokens
+    assert parts["activations kept"] == (20 * layer + 4 * 128) * tokens
+    assert parts["logits"] == (6 * 32000 + 4 * 2048) * tokens
     kv = 2 * 4 * 128 * 2 * tokens
     assert parts["ring buffers"] == 2 * kv + 3 * kv
-    assert attention_work(model, Choice()) * tokens == parts["attention work"]
+    assert attention_work(model) * tokens == parts["attention work"]
 
 
 def test_what_is_kept_less_is_computed_again() -> None:
@@ -209,7 +209,8 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
     asked = job(gpus=2, seq_len=8 * M)
     found = plan(asked)
     best = found.best
-    assert best.missing_bytes == best.peak_bytes - best.usable_bytes > 0
+    host = best.host_bytes - H200.host_memory_bytes
+    assert best.missing_bytes == max(best.peak_bytes - best.usable_bytes, host) > 0
     small = {"checkpoint": "full", "ff_chunk": 4096, "shard": "all", "ulysses": 1, "data": 1}
     gpus = int(found.remedies[0].split()[0])
     longest = int(found.remedies[-1].split()[2].replace(",", ""))
@@ -221,11 +222,6 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
     )
     fit = [any(each.fits for each in search(other, small)) for other in others]
     assert fit == [True, False, True, False] and not found.advice
-    # Work buffers alone are too much at 8M tokens, not at 1M.
-    assert not any("offloaded" in remedy for remedy in found.remedies)
-    offload = plan(job(gpus=2)).remedies[1]
-    kept = (32 * 2 + 4) * 4096 * M / 2 * 30 / 32
-    assert offload.startswith("what layers keep offloaded") and f"{kept / 1e9:.1f} GB" in offload
     free = plan(job(), checkpoint="none").remedies[0]
     assert free == "leave the choice to the planner: {'checkpoint': 'selective'} fits"
 
@@ -268,9 +264,11 @@ def test_files_describe_models_and_machines(tmp_path: Path) -> None:
 
 
 def test_8b_at_10m_tokens_fits_64_h200_with_its_arithmetic() -> None:
-    best = plan(job(gpus=64, seq_len=10 * M)).best
+    asked = job(gpus=64, seq_len=10 * M)
+    best = plan(asked, tensor=1, ring=64).best
     lines = dict(arithmetic(best))
-    assert best.fits and 0.5 < best.mfu < 0.56
+    assert best.fits and 0.5 < best.mfu < 0.56 and plan(asked).best.fits
+    assert "= 0.72 hours" in lines["step"] and all("hidden" in told for told in plan(asked).hiding)
     assert lines["tokens a rank"] == "10,485,760 / 64 = 163,840"
     assert lines["weights"] == "32 layers x 218.1M + 2 x 128,256 x 4,096 = 8.03B"
     assert sum(best.times.values()) == best.seconds and len(lines) == 12

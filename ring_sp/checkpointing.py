@@ -1,0 +1,104 @@
+"""Checkpoints that recompute a stretch of the forward but not its attention (arXiv:1604.06174)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import checkpoint as torch_checkpoint
+
+from ring_sp.kept import Kept, current
+from ring_sp.offload import Offload, Stretch
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What a model recomputes in backward: all of its layers, `every` of them a checkpoint. With
+    `keep_attention` attention's (out, lse) are kept, and the ring is not gone round again; with
+    `offload`, layers' inputs and what is kept of attention lie in host memory until their backward
+    comes near. Raises ValueError for a number below 1.
+    """
+
+    every: int = 1
+    keep_attention: bool = True
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is a number of layers, at least 1; got {self.every}")
+
+
+def checkpoint(
+    fn: Callable[..., Any],
+    *args: Any,
+    keep_attention: bool = True,
+    offload: Offload | None = None,
+    **kwargs: Any,
+) -> Any:
+    """fn(*args, **kwargs), run again in backward, but for the calls of `ring_attention` in it,
+    whose (out, lse) are kept if `keep_attention`. With an `offload` they are kept in host memory,
+    and so are the tensors among the arguments that were computed and need a gradient.
+
+    It is torch.utils.checkpoint without reentrance: random numbers and autocast are those of the
+    first run, and checkpoints may lie in one another. What torch.compile traces keeps attention by
+    a policy of selective checkpointing, which is the same. Raises ValueError for an offload inside
+    another checkpoint, which keeps for it, and NotImplementedError for one that is traced.
+    """
+    if not torch.is_grad_enabled():
+        return fn(*args, **kwargs)
+    names = tuple(kwargs)  # torch keeps as they are what is named, and has names of its own.
+    run: Callable[..., Any] = partial(_named, fn, names)
+    given = [*args, *kwargs.values()]
+    inside = partial(torch_checkpoint.checkpoint, use_reentrant=False)
+    if torch.compiler.is_compiling():
+        if offload is not None:
+            raise NotImplementedError("offload cannot be compiled: compile what it checkpoints")
+        return inside(run, *given, context_fn=_policy) if keep_attention else inside(run, *given)
+    stretch = None
+    if offload is not None:
+        if current():
+            raise ValueError("a checkpoint in another keeps nothing itself: offload the outer one")
+        stretch = offload.open()
+    if keep_attention:
+        run = partial(_again, Kept(stretch.keep) if stretch else Kept(), run)
+    if stretch:
+        run, given = _travelling(stretch, run, given)
+    return inside(run, *given)
+
+
+def _policy() -> Any:
+    return torch_checkpoint.create_selective_checkpoint_contexts(
+        [torch.ops.ring_sp.attention.default]
+    )
+
+
+def _named(fn: Callable[..., Any], names: tuple[str, ...], *given: Any) -> Any:
+    """fn of `given`, the last of which have names."""
+    plain = len(given) - len(names)
+    return fn(*given[:plain], **dict(zip(names, given[plain:], strict=True)))
+
+
+def _again(kept: Kept, run: Callable[..., Any], *given: Any) -> Any:
+    with kept.replaying() if kept.recorded else kept.recording():
+        return run(*given)
+
+
+def _travelling(
+    stretch: Stretch, run: Callable[..., Any], given: list[Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """`run`, and what it is given, with what `stretch` keeps of it: at first it is used as it came,
+    in backward as it comes back.
+    """
+    first = {at: x for at, x in enumerate(given) if isinstance(x, Tensor) and x.grad_fn is not None}
+    back = {at: stretch.keep(x) for at, x in first.items()}
+
+    def runs(*rest: Any) -> Any:
+        values = list(rest)
+        for at, give in back.items():
+            values[at] = first.pop(at) if at in first else give().detach().requires_grad_()
+        return run(*values)
+
+    # Empty ones in their places tell torch of which device they are.
+    return runs, [x.new_empty(0) if at in first else x for at, x in enumerate(given)]

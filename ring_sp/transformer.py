@@ -1,0 +1,181 @@
+"""A decoder over a sharded sequence, for those without a host framework; see `modules`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ring_sp.blockwise import blockwise
+from ring_sp.checkpointing import Checkpointing, checkpoint
+from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
+from ring_sp.masks import Mask
+from ring_sp.modules import AttentionConfig, RingAttention, Sequences
+from ring_sp.offload import Offload
+from ring_sp.replicated import replicated
+from ring_sp.rotary import Rotation, rotation
+from ring_sp.sequence import ShardedSequence
+from ring_sp.topology import Topology
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How a `RingTransformer` saves memory; its results are the same to rounding.
+
+    `checkpointing` None keeps all that layers compute; `feed_forward_chunk` and `loss_chunk` are
+    the tokens of which the feed-forward's inside, or logits, are held at a time: all, and as many
+    as `linear_loss.LOGITS`, by default. Raises ValueError for a number below 1.
+    """
+
+    checkpointing: Checkpointing | None = None
+    feed_forward_chunk: int | None = None
+    loss_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpointing, Checkpointing | None):
+            raise ValueError(f"checkpointing must be a Checkpointing; got {self.checkpointing!r}")
+        if self.feed_forward_chunk is not None and self.feed_forward_chunk < 1:
+            raise ValueError(f"chunk is a number of tokens, at least 1; got {self}")
+        LinearLoss(chunk=self.loss_chunk)
+
+
+class RingTransformer(nn.Module):
+    """A decoder-only language model: RMSNorm before rotary attention and before SwiGLU."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        depth: int,
+        attention: AttentionConfig,
+        ff_multiple: float = 3,
+        tied: bool = True,
+        topology: Topology | None = None,
+        mask: Mask | None = None,
+        layout: str = "zigzag",
+        **saving: Any,
+    ) -> None:
+        """The feed-forward is ff_multiple * dim wide, rounded; a `tied` head is the embedding's weight.
+        `saving` is `checkpointing`, `feed_forward_chunk` and `loss_chunk`, see `Saving`.
+        """
+        super().__init__()
+        self.saving = Saving(**saving)
+        saved = self.saving.checkpointing
+        self.offload = Offload() if saved and saved.offload else None
+        dim, self.config = attention.dim, attention
+        self.sequences = Sequences(topology or Topology(), mask, layout)
+        self.embedding = nn.Embedding(vocab_size, dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(
+            _Block(
+                RingAttention(attention, topology, mask, layout),
+                round(ff_multiple * dim),
+                self.saving.feed_forward_chunk,
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        sequence: ShardedSequence | None = None,
+        mask: Mask | None = None,
+    ) -> Tensor:
+        """Without `sequence`, tokens [B, S] are whole and equal on every rank, and so are the
+        logits [B, S, vocab]; `mask` replaces the module's own. With it, tokens are this rank's part
+        [B, local_len], and so are the logits; the mask is the sequence's.
+
+        With `labels`, from `loss.shift_labels` of the whole tokens and cut as tokens are: the mean
+        loss over all tokens of the sequence whose label is not IGNORE, the same on every rank.
+        Collective over the topology. Raises ValueError, before any communication, for input that
+        does not fit.
+        """
+        for name, given in (("tokens", tokens), ("labels", tokens if labels is None else labels)):
+            if given.dim() != 2 or given.shape != tokens.shape or given.dtype.is_floating_point:
+                raise ValueError(
+                    f"{name} must be integers [batch, tokens], labels one for each token; got "
+                    f"{given.dtype} {tuple(given.shape)} with tokens {tuple(tokens.shape)}"
+                )
+        tokens, place = self.sequences.part(tokens, sequence, mask)
+        if labels is not None and sequence is None:
+            labels = place.shard(labels)
+        out = replicated(self.sequences.topology, self, self.local, tokens, labels, place)
+        return place.unshard(out) if labels is None and sequence is None else out
+
+    def local(self, tokens: Tensor, labels: Tensor | None, sequence: ShardedSequence) -> Tensor:
+        """`forward` of this rank's part, for a trainer that sums gradients itself: the parameters
+        get this rank's share, of the mean over all ranks. Collective over the topology.
+        """
+        x = self.embedding(tokens.long())
+        turn = rotation(sequence, x, self.config.head_size, self.config.rotary_base)
+        layers = [partial(block, sequence=sequence, turn=turn) for block in self.blocks]
+        saved = self.saving.checkpointing
+        for start in range(0, len(layers), saved.every if saved else 1):
+            if saved is None:
+                x = layers[start](x)
+            else:
+                stretch = partial(_in_turn, layers[start : start + saved.every])
+                kept = saved.keep_attention
+                x = checkpoint(stretch, x, keep_attention=kept, offload=self.offload)
+        x, weight = self.norm(x), (self.head or self.embedding).weight
+        if labels is None:
+            return functional.linear(x, weight)
+        group = sequence.topology.group if sequence.topology.size > 1 else None
+        options = LinearLoss(chunk=self.saving.loss_chunk)
+        return linear_cross_entropy(x, weight, labels.long(), group=group, options=options)
+
+
+def _in_turn(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class _Block(nn.Module):
+    def __init__(self, attention: RingAttention, width: int, chunk: int | None) -> None:
+        super().__init__()
+        self.chunk = chunk
+        dim = attention.config.dim
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.attention = attention
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.up = nn.Linear(dim, 2 * width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor, sequence: ShardedSequence, turn: Rotation | None) -> Tensor:
+        part = self.attention_norm(x), sequence
+        x = x + self.attention.attend(part, part, turn)
+        return self._feed(x) if self.chunk is None else blockwise(self._feed, x, self.chunk)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return x + self.down(_SwiGLU.apply(self.up(self.feed_forward_norm(x))))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(a) * b of a and b side by side; keeps these alone, 2 numbers for each result and not 3
+    (arXiv:2002.05202).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, -1)
+        torch.mul(grad, functional.silu(gate), out=dup)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=dgate)
+        return dx
