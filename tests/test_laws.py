@@ -52,6 +52,7 @@ LAYERS = [
     "loss",
     "linear_loss",
     "blockwise",
+    "tokenwise",
     "rotary",
     "replicated",
     "modules",
