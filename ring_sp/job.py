@@ -106,6 +106,7 @@ def refuse(job: Job, choice: Choice) -> str | None:
             not choice.exchange.startswith("gather") or min(choice.outer, choice.ring) == 1,
             "a gather is for one ring, not for a ring of rings",
         ),
+        (
             choice.checkpoint != "none" or (choice.every == 1 and not choice.offload),
             "every and offload are of checkpoints, and there are none",
         ),

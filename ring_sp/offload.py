@@ -50,7 +50,7 @@ class Offload:
         """A stretch for one checkpoint's tensors; those of `layers_on_device` checkpoints ago start
         for the host.
         """
-        self._land()
+        self.settle()
         alive = [stretch for stretch in self._alive() if not stretch.sent]
         for stretch in alive[: len(alive) + 1 - self.layers_on_device]:
             self._leaving += stretch.send()
@@ -58,6 +58,14 @@ class Offload:
         self._stretches = [weakref.ref(each) for each in self._alive()]
         self._stretches.append(weakref.ref(opened))
         return opened
+
+    def settle(self) -> None:
+        """Let go of what is on its way to the host, after its copy. The next stretch does it, and
+        the first backward; one may be long after the last stretch.
+        """
+        for lane, copied, _ in self._leaving:
+            lane.wait(copied)
+        self._leaving.clear()
 
     def shelf(self, device: torch.device) -> "_Shelf":
         """Buffers for the tensors of a device."""
@@ -69,7 +77,7 @@ class Offload:
         """Start for the device the stretch whose backward comes after that of the one that is
         `wanted` now.
         """
-        self._land()
+        self.settle()
         ahead = self._ahead() if self._ahead else None
         before = self._before(wanted)
         if ahead is not None and ahead not in (wanted, before):

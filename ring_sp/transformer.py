@@ -16,9 +16,10 @@ from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.masks import Mask
 from ring_sp.modules import AttentionConfig, RingAttention, Sequences
 from ring_sp.offload import Offload
-from ring_sp.replicated import replicated
+from ring_sp.replicated import called_with, replicated
 from ring_sp.rotary import Rotation, rotation
 from ring_sp.sequence import ShardedSequence
+from ring_sp.tokenwise import RMSNorm, swiglu
 from ring_sp.topology import Topology
 
 
@@ -77,7 +78,7 @@ class RingTransformer(nn.Module):
             )
             for _ in range(depth)
         )
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = RMSNorm(dim, eps=1e-5)
         self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
 
     def forward(
@@ -124,6 +125,8 @@ class RingTransformer(nn.Module):
                 stretch = partial(_in_turn, layers[start : start + saved.every])
                 kept = saved.keep_attention
                 x = checkpoint(stretch, x, keep_attention=kept, offload=self.offload)
+        if self.offload:
+            self.offload.settle()
         x, weight = self.norm(x), (self.head or self.embedding).weight
         if labels is None:
             return functional.linear(x, weight)
@@ -143,39 +146,23 @@ class _Block(nn.Module):
         super().__init__()
         self.chunk = chunk
         dim = attention.config.dim
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.attention_norm = RMSNorm(dim, eps=1e-5)
         self.attention = attention
-        self.feed_forward_norm = nn.RMSNorm(dim, eps=1e-5)
+        self.feed_forward_norm = RMSNorm(dim, eps=1e-5)
         self.up = nn.Linear(dim, 2 * width, bias=False)
         self.down = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor, sequence: ShardedSequence, turn: Rotation | None) -> Tensor:
         part = self.attention_norm(x), sequence
         x = x + self.attention.attend(part, part, turn)
-        return self._feed(x) if self.chunk is None else blockwise(self._feed, x, self.chunk)
+        if self.chunk is None:
+            return self._feed(x)
+        own = {n: w for n, w in self.named_parameters() if not n.startswith("attention")}
+
+        def feed(part: Tensor, *weights: Tensor) -> Tensor:
+            return called_with(dict(zip(own, weights, strict=True)), self, self._feed, part)
+
+        return blockwise(feed, x, self.chunk, weights=tuple(own.values()))
 
     def _feed(self, x: Tensor) -> Tensor:
-        return x + self.down(_SwiGLU.apply(self.up(self.feed_forward_norm(x))))
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(a) * b of a and b side by side; keeps these alone, 2 numbers for each result and not 3
-    (arXiv:2002.05202).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return functional.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        gate, up = x.chunk(2, -1)
-        dx = torch.empty_like(x)
-        dgate, dup = dx.chunk(2, -1)
-        torch.mul(grad, functional.silu(gate), out=dup)
-        torch.ops.aten.silu_backward(grad * up, gate, grad_input=dgate)
-        return dx
+        return x + self.down(swiglu(self.up(self.feed_forward_norm(x))))

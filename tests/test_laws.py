@@ -55,6 +55,7 @@ LAYERS = [
     "loss",
     "linear_loss",
     "blockwise",
+    "tokenwise",
     "rotary",
     "replicated",
     "modules",
