@@ -143,6 +143,8 @@ def test_the_report_says_what_is_there_and_what_is_used(tmp_path: Path) -> None:
     assert rows["Adam"] == "apex"
     assert rows["norms"] == "torch, tagged by ring_sp"
     assert rows["reference"] == "can serve"
+    assert "--no-ring-keep-attention" in rows["recomputed attention"]
+    assert "--ring-ff-chunk" in rows["dense feed-forward"]
 
 
 @pytest.mark.parametrize(

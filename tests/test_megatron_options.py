@@ -58,6 +58,7 @@ def test_the_flag_sets_the_context_parallel_size(line: str, size: int | None, co
         ("--sequence-parallel-ring 2 --ring-layout spiral", "'spiral'"),
         ("--sequence-parallel-ring 2 --ring-kernel fast", "'fast'"),
         ("--sequence-parallel-ring 2 --ring-exchange mail", "'mail'"),
+        ("--sequence-parallel-ring 2 --ring-ff-chunk 0", "must be at least 1; got 0"),
     ],
 )
 def test_what_contradicts_itself_is_refused_while_parsing(
@@ -72,6 +73,8 @@ def test_what_contradicts_itself_is_refused_while_parsing(
     ("line", "message"),
     [
         ("--ring-layout striped", "--ring-layout striped needs --sequence-parallel-ring"),
+        ("--no-ring-keep-attention", "--no-ring-keep-attention needs --sequence-parallel-ring"),
+        ("--ring-ff-chunk 64", "--ring-ff-chunk 64 needs --sequence-parallel-ring"),
         ("--sequence-parallel-ring 4 --ring-ulysses 3", "--ring-ulysses 3 must divide the 4"),
         ("--sequence-parallel-ring 4 --ring-ulysses 2 --ring-outer 4", "--ring-outer 4 x"),
     ],
@@ -79,6 +82,16 @@ def test_what_contradicts_itself_is_refused_while_parsing(
 def test_options_that_do_not_fit_each_other_are_refused(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RingOptions.from_args(parsed(line))
+
+
+def test_what_is_recomputed_is_said_by_two_flags() -> None:
+    ring = "--sequence-parallel-ring 2"
+    assert RingOptions.from_args(parsed(ring)) == RingOptions(2)
+    line = f"{ring} --no-ring-keep-attention --ring-ff-chunk 4096"
+    wanted = RingOptions(2, keep_attention=False, ff_chunk=4096)
+    assert RingOptions.from_args(parsed(line)) == wanted
+    with pytest.raises(ValueError, match="--ring-ff-chunk must be at least 1; got 0"):
+        RingOptions(2, ff_chunk=0)
 
 
 def test_a_size_changed_after_parsing_is_refused() -> None:

@@ -62,7 +62,8 @@ def build(options: Options) -> tuple[list[DistributedDataParallel], Any, Megatro
         finalize_model_grads_func=finalize_model_grads,
         **{"calculate_per_token_loss": True, **options.get("config", {})},
     )
-    made = install(RingOptions(ring, options.get("layout", "zigzag")))
+    layout, chunk_size = options.get("layout", "zigzag"), options.get("chunk")
+    made = install(RingOptions(ring, layout, ff_chunk=chunk_size))
     try:
         chunks = [chunk(config, stage if virtual else None) for stage in range(virtual or 1)]
     finally:

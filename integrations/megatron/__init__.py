@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ring_sp.integrations.megatron.core_attention import RingCoreAttention
+    from ring_sp.integrations.megatron.feed_forward import use_blockwise
     from ring_sp.integrations.megatron.installation import Installation, install
     from ring_sp.integrations.megatron.options import RingOptions, add_ring_args
     from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
@@ -24,6 +25,7 @@ __all__ = [
     "RingSequenceParams",
     "add_ring_args",
     "install",
+    "use_blockwise",
     "use_ring_positions",
     "with_ring_attention",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "RingSequenceParams": "ring",
     "add_ring_args": "options",
     "install": "installation",
+    "use_blockwise": "feed_forward",
     "use_ring_positions": "rotary",
     "with_ring_attention": "spec",
 }

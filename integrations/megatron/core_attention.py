@@ -1,5 +1,6 @@
 """The core attention of a Megatron layer as a ring over the context-parallel group."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed import ProcessGroup
 from ring_sp import ShardedSequence, max_logits, ring_attention
 from ring_sp.integrations.megatron.dropout import next_seed
 from ring_sp.integrations.megatron.layer_mask import rule, window_of, within
+from ring_sp.integrations.megatron.recomputation import keeps
 from ring_sp.integrations.megatron.refusals import refuse_config
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
 
@@ -75,6 +77,7 @@ class RingCoreAttention(MegatronModule):
                 "the batch; use --ring-layout zigzag, striped or contiguous with window_size"
             )
         self.tp_group = pg_collection.tp
+        self._keeps = keeps(config, self.ring.keep_attention)
         self._watches: bool = config.qk_clip or config.log_max_attention_logit
         self.current_max_attn_logits: Tensor | None = None
         """The largest score of each head since Megatron last took it, float32 [heads / tp]: of this
@@ -131,13 +134,18 @@ class RingCoreAttention(MegatronModule):
         q, k, v = (x[None] if packed else x.transpose(0, 1) for x in (query, key, value))
         if self._watches and self.training:
             self._watch(q, k, sequence, keys)
-        out = ring_attention(
+        attend = partial(
+            ring_attention,
             *(q, k, v, sequence, keys),
             scale=self.softmax_scale,
             sinks=self.softmax_offset,
             kernel=self.ring.kernel,
             **self._dropout(),
         )
+        if self._keeps and self.training:
+            out = self.ring.kept.attended(attend, (sequence, keys))
+        else:
+            out = attend()
         if not packed:
             return out.transpose(0, 1).flatten(2)
         thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"

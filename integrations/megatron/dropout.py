@@ -19,13 +19,14 @@ def next_seed(tensor_rank: int) -> int:
     Megatron puts the tracker back, repeats the seed of its forward, and a checkpoint that is
     resumed goes on counting.
     """
-    states = get_cuda_rng_tracker().states_
+    tracker = get_cuda_rng_tracker()
+    states = tracker.states_
     first, count = torch.initial_seed() & ((1 << 63) - 1), 0
     if STREAM in states:
         first, count = convert_cuda_rng_state(states[STREAM]).view(torch.int64).tolist()
-    # A new tensor, as others keep the old one; CUDA's offsets are multiples of 4.
-    states[STREAM] = torch.tensor([first, count + 4], dtype=torch.int64, device="cpu").view(
-        torch.uint8
-    )
+    # A new tensor in a new dictionary, as checkpoints keep the old ones and may recompute again;
+    # CUDA's offsets are multiples of 4.
+    following = torch.tensor([first, count + 4], dtype=torch.int64, device="cpu")
+    tracker.states_ = {**states, STREAM: following.view(torch.uint8)}
     words = b"".join(word.to_bytes(8, "little") for word in (first, count, tensor_rank))
     return int.from_bytes(blake2b(words, digest_size=8).digest(), "little") >> 1

@@ -100,6 +100,9 @@ def used(found: Found) -> dict[str, str]:
             if fused
             else "accumulated by torch; needs --no-gradient-accumulation-fusion"
         ),
+        "recomputed attention": "kept, not another ring; with --no-ring-keep-attention a ring more",
+        "dense feed-forward": "whole, with --ring-ff-chunk N by chunks; experts are Megatron's",
+        "loss": "Megatron's, of whole logits; see its --cross-entropy-loss-fusion",
     }
 
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
 from ring_sp.integrations.megatron.batch import SplitBatch, SplitPackedBatch
+from ring_sp.integrations.megatron.feed_forward import use_blockwise
 from ring_sp.integrations.megatron.found import look
 from ring_sp.integrations.megatron.options import RingOptions
 from ring_sp.integrations.megatron.ring import MegatronRing
@@ -117,6 +118,8 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
                 given[name] = _spec(given[name], ring, given["config"], given.get("vp_stage"))
         build(*call.args, **call.kwargs)
         use_ring_positions(model, ring)
+        if made.options.ff_chunk is not None:
+            use_blockwise(model, made.options.ff_chunk)
         _warn_of_loss(given["config"], ring)
 
     build_with_ring.ring_sp = True  # type: ignore[attr-defined]

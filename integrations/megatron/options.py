@@ -26,10 +26,16 @@ class RingOptions:
     ulysses: int = 1
     outer: int = 1
     exchange: str = "messages"
+    keep_attention: bool = True
+    ff_chunk: int | None = None
+    """Tokens of a rank's sequence that a dense feed-forward is computed for at a time; None for
+    all."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that do not fit each other, or unknown names."""
         sizes = {_RING: self.size, "--ring-ulysses": self.ulysses, "--ring-outer": self.outer}
+        if self.ff_chunk is not None:
+            sizes["--ring-ff-chunk"] = self.ff_chunk
         for flag, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{flag} must be at least 1; got {size}")
@@ -66,7 +72,7 @@ class RingOptions:
         if size != args.context_parallel_size:
             raise ValueError(_conflict(size, args.context_parallel_size))
         given = (args.ring_layout, args.ring_kernel, args.ring_ulysses, args.ring_outer)
-        return cls(size, *given, args.ring_exchange)
+        return cls(size, *given, args.ring_exchange, args.ring_keep_attention, args.ring_ff_chunk)
 
 
 def add_ring_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -109,6 +115,19 @@ def add_ring_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="how a ring moves tensors; copies: by the copy engines of the GPUs of one host; "
         "gather:N: from N ranks at a time, for short sequences",
     )
+    add(
+        "--ring-keep-attention",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep attention's results where Megatron recomputes: a ring less, for one more tensor "
+        "of the size of the queries for each layer that is recomputed",
+    )
+    add(
+        "--ring-ff-chunk",
+        type=_positive,
+        metavar="TOKENS",
+        help="compute dense feed-forwards so many tokens at a time, and again in backward",
+    )
     return parser
 
 
@@ -146,9 +165,11 @@ def _conflict(ring: int, context: int) -> str:
 def _companions(args: argparse.Namespace) -> list[str]:
     """The ring's other arguments that differ from their defaults."""
     defaults = RingOptions()
-    names = ("layout", "kernel", "ulysses", "outer", "exchange")
-    return [
-        f"--ring-{name} {getattr(args, f'ring_{name}')}"
-        for name in names
-        if getattr(args, f"ring_{name}") != getattr(defaults, name)
+    names = ("layout", "kernel", "ulysses", "outer", "exchange", "ff_chunk")
+    given = {name: getattr(args, f"ring_{name}") for name in names}
+    asked = [
+        f"--ring-{name.replace('_', '-')} {value}"
+        for name, value in given.items()
+        if value != getattr(defaults, name)
     ]
+    return asked if args.ring_keep_attention else [*asked, "--no-ring-keep-attention"]

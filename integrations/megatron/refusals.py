@@ -41,7 +41,7 @@ def refuse_config(config: TransformerConfig, attention_type: str) -> None:
 
 def _graphs(config: TransformerConfig) -> dict[str, bool]:
     """What of CUDA graphs is refused: a replay runs no Python."""
-    form = _graph_form(config)
+    form = graph_form(config)
     return {
         f"CUDA graphs of the form {form}; use cuda_graph_impl 'none'": (
             form not in ("none", *PROVEN_GRAPHS)
@@ -55,7 +55,7 @@ def _graphs(config: TransformerConfig) -> dict[str, bool]:
     }
 
 
-def _graph_form(config: TransformerConfig) -> str:
+def graph_form(config: TransformerConfig) -> str:
     """How Megatron would record work as CUDA graphs; Megatron-core 0.16 calls a whole iteration a
     scope.
     """

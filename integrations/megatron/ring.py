@@ -3,10 +3,11 @@
 Megatron's name for our sequence-parallel group is the context-parallel group, and it is kept here.
 """
 
-from collections.abc import MutableMapping
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,16 +18,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ring_sp import ProcessGroupManager, ShardedSequence, Topology
 from ring_sp.integrations.megatron.options import RingOptions
+from ring_sp.integrations.megatron.recomputation import KeptInCheckpoints
 from ring_sp.layout import ZigzagDocuments, joined, shards
 from ring_sp.masks import Mask, causal, documents
 
 
 class MegatronRing:
-    """The topology inside the context-parallel group, the layout, the kernel, and the sequences
-    made so far."""
+    """The topology inside the context-parallel group, the layout, the kernel, the sequences made so
+    far, and what is kept of attention until it is recomputed, where `keep_attention`."""
 
-    def __init__(self, topology: Topology, layout: str = "zigzag", kernel: str = "auto") -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        layout: str = "zigzag",
+        kernel: str = "auto",
+        keep_attention: bool = True,
+    ) -> None:
         self.topology, self.layout, self.kernel = topology, layout, kernel
+        self.keep_attention, self.kept = keep_attention, KeptInCheckpoints()
         self.has_positions = False
         """Whether the model takes its positions from here: `use_ring_positions` says so."""
         self.rolls_tokens = False
@@ -34,6 +43,8 @@ class MegatronRing:
         so."""
         # A model meets few lengths and masks at a time; packed batches bring a new mask each.
         self.sequence = lru_cache(maxsize=16)(self._sequence)
+        # One that somebody still has, such as a checkpoint, is not made a second time.
+        self._held: WeakValueDictionary[Hashable, ShardedSequence] = WeakValueDictionary()
         self._topology_over = lru_cache(maxsize=64)(self._make_topology_over)
         self._cuts: MutableMapping[Tensor, tuple[int, tuple[int, ...]]] = WeakTensorKeyDictionary()
 
@@ -47,17 +58,21 @@ class MegatronRing:
         ulysses: int = 1,
         outer: int = 1,
         exchange: str = "messages",
+        keep_attention: bool = True,
     ) -> "MegatronRing":
         """Divide Megatron's context-parallel group into outer x ring x Ulysses.
 
         Where `ulysses` or `outer` exceeds 1, every rank of the world must call it: once, right
         after `initialize_model_parallel`. `exchange` is that of `ProcessGroupManager.from_group`.
-        Raises ValueError for sizes that do not divide the group.
+        With `keep_attention` the ring is gone round once where Megatron recomputes: of each call
+        out, in the dtype of the queries, and lse [b, heads / tp, s / cp] in float32 are kept from
+        the forward of its checkpoint to the recomputation. Raises ValueError for sizes that do not
+        divide the group.
         """
         manager = ProcessGroupManager.from_group(
             group, ulysses=ulysses, outer=outer, exchange=exchange
         )
-        return cls(manager.topology, layout, kernel)
+        return cls(manager.topology, layout, kernel, keep_attention)
 
     @classmethod
     def from_options(cls, options: RingOptions, group: ProcessGroup) -> "MegatronRing":
@@ -76,6 +91,7 @@ class MegatronRing:
             ulysses=options.ulysses,
             outer=options.outer,
             exchange=options.exchange,
+            keep_attention=options.keep_attention,
         )
 
     @property
@@ -188,9 +204,11 @@ class MegatronRing:
         topology: Topology | None = None,
         layout: str | ZigzagDocuments | None = None,
     ) -> ShardedSequence:
-        return ShardedSequence(
-            seq_len, topology or self.topology, mask or causal(), layout or self.layout
-        )
+        place = seq_len, topology or self.topology, mask or causal(), layout or self.layout
+        found = self._held.get(place)
+        if found is None:
+            found = self._held[place] = ShardedSequence(*place)
+        return found
 
 
 @dataclass

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ring_sp.integrations.megatron.check import mixes_tokens, require_ring_everywhere
+from ring_sp.integrations.megatron.recomputation import keeps
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
 
 
@@ -137,6 +138,8 @@ def use_ring_positions(model: MegatronModule, ring: MegatronRing) -> None:
         latent = config.multi_latent_attention and module is not model
         module.rotary_pos_emb = RingRotaryEmbedding(stock, ring, latent)
     model.register_forward_pre_hook(_PackedInRing(ring), with_kwargs=True)
+    if keeps(config, ring.keep_attention):
+        model.register_forward_pre_hook(lambda *_: ring.kept.begin())
     ring.has_positions = True
 
 
