@@ -136,7 +136,7 @@ def options(text: str) -> tuple[str, dict[str, Any]]:
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         try:
-            found[key] = {"true": True, "false": False}.get(value.lower(), None)
+            found[key] = {"true": True, "false": False}.get(value.lower())
             found[key] = int(value) if found[key] is None else found[key]
         except ValueError:
             raise ValueError(f"{part!r} of {text!r} is not name=number or name=true") from None

@@ -13,8 +13,9 @@ from ringed import relative
 from test_operator import SPREAD, Sizes, model, tensors
 from torch import Tensor
 
-from ring_sp import AttentionConfig, Checkpointing, RingTransformer, checkpoint, passes
+from ring_sp import AttentionConfig, Checkpointing, RingTransformer, checkpoint, plan
 from ring_sp.loss import shift_labels
+from ring_sp.ring import ring_pass
 
 DEPTH = 3
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -42,7 +43,7 @@ def loss_and_gradients(module: RingTransformer) -> list[Tensor]:
 
 def passes_and_error(sizes: Sizes, saving: dict[str, Any]) -> tuple[int, float]:
     wanted = loss_and_gradients(transformer(sizes, {}))
-    with mock.patch.object(passes, "ring_pass", wraps=passes.ring_pass) as ring:
+    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
         found = loss_and_gradients(transformer(sizes, saving))
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -117,7 +118,7 @@ def compiled(keep: bool) -> tuple[int, float]:
     wanted = torch.autograd.grad(model(seq, *inputs), inputs)
     saved = partial(checkpoint, model, keep_attention=keep)
     run = torch.compile(saved, backend="aot_eager", fullgraph=True)
-    with mock.patch.object(passes, "ring_pass", wraps=passes.ring_pass) as ring:
+    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
         found = torch.autograd.grad(run(seq, *inputs), inputs)
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional
 
 from ring_sp import AttentionConfig, RingTransformer
-from ring_sp.transformer import _SwiGLU
+from ring_sp.tokenwise import swiglu
 
 
 def test_the_activation_keeps_its_input_alone_and_has_the_gradient_of_the_whole() -> None:
@@ -13,7 +13,7 @@ def test_the_activation_keeps_its_input_alone_and_has_the_gradient_of_the_whole(
     dout = torch.randn(2, 5, 7, dtype=torch.float64)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = _SwiGLU.apply(x)
+        out = swiglu(x)
     gate, up = x.chunk(2, -1)
     expected = functional.silu(gate) * up
     torch.testing.assert_close(out, expected, rtol=1e-14, atol=1e-14)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from counted import Counted
 from device_time import by_kind
-from progress import progress
 from processes import device_name, everywhere, first, ranks, say, started
+from progress import progress
 from step import Form, Measured, Training
 from tables import draw_mfu, mfu_lines, part_lines, title
 
