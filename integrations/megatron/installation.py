@@ -5,6 +5,7 @@ edit, nor for the split of a batch or the shift of multi-token prediction. This 
 that replaces names of Megatron; only `install` does it, and `Installation.remove` undoes it.
 """
 
+import atexit
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from torch.distributed import ProcessGroup
 from ring_sp.integrations.megatron.batch import SplitBatch, SplitPackedBatch
 from ring_sp.integrations.megatron.feed_forward import use_blockwise
 from ring_sp.integrations.megatron.found import look
+from ring_sp.integrations.megatron.graphs import drop_graphs
 from ring_sp.integrations.megatron.options import RingOptions
 from ring_sp.integrations.megatron.ring import MegatronRing
 from ring_sp.integrations.megatron.roll import RollTokens
@@ -80,8 +82,9 @@ def install(options: RingOptions, *, untested: bool = False) -> Installation:
     """Give every GPTModel and HybridModel built from now on the ring, in all layers, with the
     batches, positions and multi-token prediction that its layout asks for.
 
-    Call it before the script's own imports from Megatron, once a process. Raises ValueError for a
-    second call, a foreign apex, or a Megatron that is not tested unless `untested`.
+    Call it before the script's own imports from Megatron, once a process, at whose end it has
+    `drop_graphs` called. Raises ValueError for a second call, a foreign apex, or a Megatron that is
+    not tested unless `untested`.
     """
     found = look()
     found.refuse_untested(untested)
@@ -89,6 +92,9 @@ def install(options: RingOptions, *, untested: bool = False) -> Installation:
     if hasattr(GPTModel.__init__, "ring_sp"):
         raise ValueError("install was called twice; remove() the first installation")
     made = Installation(options)
+    # Stays after remove(): the graphs of models that keep the ring stay too.
+    atexit.unregister(drop_graphs)
+    atexit.register(drop_graphs)
     for model in (GPTModel, *_present(_HYBRIDS)):
         made.replace_init(model, _with_ring(vars(model)["__init__"], made))
     for core in stock_cores():
