@@ -5,11 +5,12 @@
     python examples/experiments/max_context.py --gpus 2 --models tiny.json --memory 40MB  # on CPUs
 
 Every number is of whole training steps that finished (`step.py`): the longest that did, and beside
-it the shortest that did not. As in the paper all GPUs divide the optimizer's states in every column;
-methods of one GPU train a sequence on each, the ring one on all. On GPUs `--memory` caps torch's
-allocator; on CPUs the bytes of tensors are counted (`counted.py`), but for what is inside of an
-attention operator. A GPU that runs out of memory in the middle of a ring leaves the others waiting:
-steps run in jobs of torchrun, which end when a rank fails, and the search goes on in another.
+it the shortest that did not. As in the paper all GPUs divide the optimizer's states in every
+column; methods of one GPU train a sequence on each, the ring one on all. On GPUs `--memory` caps
+torch's allocator; on CPUs the bytes of tensors are counted (`counted.py`), but for what is inside
+of an attention operator. A GPU that runs out of memory in the middle of a ring leaves the others
+waiting: steps run in jobs of torchrun, which end when a rank fails, and the search goes on in
+another.
 """
 
 import argparse
