@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from counted import Counted
-from processes import device_name, everywhere, first, ranks, say, started
+from processes import everywhere, first, machine, ranks, say, started
 from search_length import Asked, Trial, longest, propose, shortest_failed
 from step import Clock, Form, Training
 from tables import context_lines, draw_contexts
@@ -251,10 +251,9 @@ def main() -> None:
         log.unlink()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = {
-        "device": device_name(device),
+        **machine(device),
         "gpus": args.gpus,
         "memory_bytes": args.memory or torch.cuda.mem_get_info()[1],
-        "torch": torch.__version__,
         "seconds": perf_counter() - begin,
         "rows": found,
     }

@@ -126,6 +126,7 @@ class Training:
     ) -> None:
         """`counted` counts bytes where there is no CUDA; it must be active already."""
         self.form, self.topology, self.device, self.counted = form, topology, device, counted
+        self.reset_peak()
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.model = build(form, topology)
@@ -174,7 +175,7 @@ class Training:
     def run(self, seq_len: int, seed: int = 0) -> Measured:
         """One step over a sequence of random tokens for each ring. Collective over the world."""
         clock = Clock(self.device)
-        self.reset_peak()
+        self.reset_peak(empty=False)  # Memory that is asked of the device anew takes long.
         loss = self.differentiate(seq_len, seed, clock)
         self.update(clock)
         return Measured(clock.seconds(), *self.peaks(), loss.item())
@@ -201,7 +202,7 @@ class Training:
                 _reduce_scatter(self.gradients[self.own], self.gradients)
         with clock.part("optimizer"):
             self._update()
-        self.forget()
+            self.forget()
 
     def forget(self) -> None:
         """Begin the sums of gradients again."""
@@ -230,12 +231,14 @@ class Training:
             _all_gather(self.weights, self.weights[self.own])
         self.master.grad = None
 
-    def reset_peak(self) -> None:
+    def reset_peak(self, empty: bool = True) -> None:
+        """`empty` if what the allocator holds and nobody uses goes back to the device."""
         if self.counted is not None:
             self.counted.reset_peak()
         elif self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            if empty:
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peaks(self) -> tuple[int, int]:
