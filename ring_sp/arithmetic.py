@@ -41,8 +41,8 @@ def arithmetic(best: Estimate) -> Iterator[tuple[str, str]]:
         "activations kept",
         (
             f"{kept:,.0f} bytes a token ({choice.checkpoint} checkpointing of {choice.every} of "
-            f"{model.layers} layers{', offloaded' if choice.offload else ''}) x {tokens:,} / tensor "
-            f"{choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
+            f"{model.layers} layers{', offloaded' if choice.offload else ''}) x {tokens:,} / "
+            f"tensor {choice.tensor} = {parts['activations kept'] / 1e9:.1f} GB"
         ),
     )
     work = {

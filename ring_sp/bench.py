@@ -82,9 +82,9 @@ def measure(group: Group, seq: int | None = None) -> Bench:
         by_head_dim.append((dim, forward, backward))
     hops, share = tuple(_hops(group, sizes)), 1.0
     if group.size > 1:
-        _, _, whole, work = _attention(group, sizes, alone=False)
+        _, *parts, work = _attention(group, sizes, alone=False)
         ideal = work / group.size * (4 / rates["forward_rate"] + 10 / rates["backward_rate"])
-        share = ideal / max(group.everywhere(whole))
+        share = ideal / max(group.everywhere(sum(parts)))
     machine = replace(_hardware(group, rates, hops), head_dim_rates=tuple(by_head_dim))
     return Bench(machine, sizes, hops, kernel, share)
 
@@ -149,13 +149,13 @@ def _host_copies(group: Group, sizes: Sizes) -> float:
 
 def _attention_rates(group: Group, sizes: Sizes) -> tuple[str, float, float]:
     """The kernel, and FLOP/s of its forward and of its backward."""
-    kernel, forward, both, work = _attention(group, sizes, alone=True)
-    return kernel, 4 * work / forward, 10 * work / (both - forward)
+    kernel, forward, backward, work = _attention(group, sizes, alone=True)
+    return kernel, 4 * work / forward, 10 * work / backward
 
 
 def _attention(group: Group, sizes: Sizes, alone: bool) -> tuple[str, float, float, float]:
-    """The kernel; seconds of a forward, and of forward and backward; head dim times heads times
-    visible pairs, of the whole sequence.
+    """The kernel; seconds of a forward, and of a backward; head dim times heads times visible
+    pairs, of the whole sequence.
     """
     ranks = 1 if alone else group.size
     topology = None if alone else group.topology
@@ -178,11 +178,13 @@ def _attention(group: Group, sizes: Sizes, alone: bool) -> tuple[str, float, flo
         with torch.no_grad():
             return ring_attention(q, k, v, sequence)
 
-    def both() -> object:
-        return torch.autograd.grad(ring_attention(q, k, v, sequence), trained, dout)
+    out = ring_attention(q, k, v, sequence)
+
+    def backward() -> object:
+        return torch.autograd.grad(out, trained, dout, retain_graph=True)
 
     work = float(heads * sizes.head_dim * told.total.pairs)
-    return str(told.kernel), group.seconds(forward), group.seconds(both), work
+    return str(told.kernel), group.seconds(forward), group.seconds(backward), work
 
 
 def _hops(group: Group, sizes: Sizes) -> Iterator[Hop]:

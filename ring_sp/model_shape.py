@@ -69,9 +69,9 @@ class ModelShape:
 
 
 def known() -> dict[str, ModelShape]:
-    """Llamas and Qwens as published, and the GPTs of arXiv:2310.01889 appendix D, which names their hidden
-    sizes only: layers make 12 layers hidden^2 the weights of the name; head dim 128, LLaMA's 32,000
-    words.
+    """Llamas and Qwens as published, and the GPTs of arXiv:2310.01889 appendix D, which names their
+    hidden sizes only: layers make 12 layers hidden^2 the weights of the name; head dim 128, LLaMA's
+    32,000 words.
     """
     llamas: dict[str, tuple[Any, ...]] = {
         "llama-1b": (16, 2048, 32, 8, 64, 8192, 128256, True, True),
@@ -107,8 +107,8 @@ PAPER_SIZES = {
 
 def find(name: str) -> ModelShape:
     """The model of a name or of a JSON file, with other sizes where given: "llama-8b:layers=4" or
-    "llama-1b:heads=16,head_dim=128". Raises ValueError for what is neither, listing the known names,
-    for fields that a model has not, and for a file that does not describe a model.
+    "llama-1b:heads=16,head_dim=128". Raises ValueError for what is neither, listing the known
+    names, for fields that a model has not, and for a file that does not describe a model.
     """
     base, changed = options(name)
     models = known()

@@ -31,11 +31,11 @@ def memory(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
     again = _again(model, choice)
     parts = (
         WEIGHT * own if whole else WEIGHT * own / shared + gathered,
-        GRADIENT * own / (1 if whole else shared) + tied,
+        GRADIENT * own / (1 if whole else shared),
         STATES * own / shared,
         _kept(model, choice) * tokens / choice.tensor,
-        (attention_work(model) + again) * tokens / choice.tensor,
-        _ff_work(model, choice, tokens) / choice.tensor,
+        (attention_work(model) + again) * tokens / choice.tensor + tied,
+        _ff_work(model, choice, tokens) / choice.tensor + tied,
         _logits(model, choice, tokens),
         _buffers(told, choice),
     )
@@ -81,8 +81,8 @@ def _result(model: ModelShape, choice: Choice) -> int:
 
 
 def checkpoint_bytes(model: ModelShape, choice: Choice) -> int:
-    """Bytes a token that a checkpoint keeps: the input of its first layer, and of each of its layers
-    attention's out and lse where they are kept.
+    """Bytes a token that a checkpoint keeps: the input of its first layer, and of each of its
+    layers attention's out and lse where they are kept.
     """
     return 2 * model.hidden + choice.every * _result(model, choice)
 
@@ -138,9 +138,11 @@ def _ff_work(model: ModelShape, choice: Choice, tokens: int) -> float:
         everywhere += choice.every * again - 2 * model.hidden
     if choice.ff_chunk is None:
         return (everywhere + inside) * tokens
-    # The gradients of the chunks' inputs, and torch.cat of them.
-    chunk = min(choice.ff_chunk, tokens)
-    return (everywhere + 4 * model.hidden) * tokens + (2 * inside + 4 * model.hidden) * chunk
+    # The gradients of the chunks' inputs, and torch.cat of them; the weights', summed in float32,
+    # with a chunk's beside them.
+    chunk, sums = min(choice.ff_chunk, tokens), 2 * GRADIENT * model.ffn_weights
+    everywhere += 4 * model.hidden
+    return everywhere * tokens + (2 * inside + 4 * model.hidden) * chunk + sums
 
 
 def _logits(model: ModelShape, choice: Choice, tokens: int) -> float:

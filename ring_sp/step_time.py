@@ -12,10 +12,14 @@ from ring_sp.model_shape import ModelShape
 from ring_sp.step_memory import GRADIENT, WEIGHT, checkpoint_bytes
 
 FITTED_TO = (
-    "Megatron-core steps of 1.03B, 2 H200: 32k tokens on one, 32k and 64k on a ring of 2, and the "
-    "last one's peak (examples/megatron/RESULTS.md)",
-    "attention alone of 32:8 and 16:4 heads of 128: one and two H200 at 16k to 128k tokens "
-    "(examples/benchmarks/RESULTS.md)",
+    (
+        "Megatron-core steps of 1.03B, 2 H200: 32k tokens on one, 32k and 64k on a ring of 2, and "
+        "the last one's peak (examples/megatron/RESULTS.md)"
+    ),
+    (
+        "attention alone of 32:8 and 16:4 heads of 128: one and two H200 at 16k to 128k tokens "
+        "(examples/benchmarks/RESULTS.md)"
+    ),
     "attention alone on a ring of 4 H200 at 16k tokens, for HOST_SECONDS",
 )
 """The runs that the constants of this module come from: against others it predicts."""
@@ -158,14 +162,12 @@ def times(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
 
 
 def recomputed(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
-    """Seconds of what a step computes again, by part. The feed-forward's products are computed
-    three times where its chunks lie in a checkpoint.
-    """
+    """Seconds of what a step computes again, by part."""
     model, hardware = job.model, job.hardware
     layers = model.layers * (job.batch // choice.data)
     tokens = max(load.tokens for load in told.loads) / choice.tensor
     kept = choice.checkpoint == "none"
-    weights = (0 if kept else model.layer_weights) + (model.ffn_weights if choice.ff_chunk else 0)
+    weights = weights_again(model, choice)
     traffic = 0.0 if kept else FORWARD_SHARE * element_wise_bytes(model)
     forward, _ = passes(job, choice, told)
     return {
@@ -173,6 +175,18 @@ def recomputed(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
         "matrix products": 2 * weights * layers * tokens / (hardware.matmul_rate * LAYER_SHARE),
         "element-wise": traffic * layers * tokens / hardware.copy_rate,
     }
+
+
+def weights_again(model: ModelShape, choice: Choice) -> float:
+    """Of a layer, those that tokens are multiplied with again. A recomputation ends when all that
+    is kept is there, before the product that goes out of the feed-forward; a checkpoint of chunks
+    runs them to the end, before each is recomputed itself.
+    """
+    out = model.hidden * model.ffn
+    chunks = model.ffn_weights - out if choice.ff_chunk else 0
+    if choice.checkpoint == "none":
+        return chunks
+    return model.layer_weights + (chunks or -out / choice.every)
 
 
 def _rings_again(choice: Choice) -> bool:

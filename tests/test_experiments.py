@@ -10,11 +10,13 @@ import torch
 from counted import Counted
 from step import Clock, Form, Training
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ring_sp import Topology, hardware, linear_loss, model_shape
 from ring_sp.estimate import Estimate, estimate
 from ring_sp.job import Choice, Job
 from ring_sp.step_memory import kernel_work
+from ring_sp.step_time import weights_again
 
 K = 1 << 10
 FORMS: dict[str, dict[str, Any]] = {
@@ -65,11 +67,29 @@ def counted_peak(found: Estimate) -> int:
 @pytest.mark.parametrize("form", FORMS)
 def test_bytes_are_those_of_each_form_counted_at_full_size(form: str) -> None:
     found = expected("llama-1b:layers=8", 64 * K, **FORMS[form])
-    assert found.peak_bytes == pytest.approx(counted_peak(found), rel=0.03)
+    # Of what goes to the host all may have arrived when the loss begins.
+    near = 0.03 if found.choice.offload else 0.005
+    assert found.peak_bytes == pytest.approx(counted_peak(found), rel=near)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_run_again_as_often_as_expected(form: str) -> None:
+    sizes = "layers=4,hidden=64,heads=4,kv_heads=2,head_dim=16,ffn=256,vocab=128"
+    chosen = FORMS[form] | ({"ff_chunk": 4} if "ff_chunk" in FORMS[form] else {})
+    found, tokens = expected(f"llama-1b:{sizes}", 256, **chosen), 256
+    model, device = found.job.model, torch.device("cpu")
+    training = Training(Form(model, found.choice), Topology(), device)
+    with FlopCounterMode(display=False) as counter:
+        training.differentiate(tokens, 0, Clock(device))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for kind, count in counts.items() if "mm" in str(kind))
+    again = weights_again(model, found.choice) * model.layers
+    # Of a checkpoint the last chunk is not run: one of 64.
+    assert products == pytest.approx((6 * model.product_weights + 2 * again) * tokens, rel=0.005)
 
 
 @pytest.mark.parametrize("form", ["attention kept", "every 2 layers"])
 def test_bytes_of_other_shapes(form: str) -> None:
     for model in ("qwen3-0.6b:layers=6", "llama-8b:layers=4"):
-        found = expected(model, 32 * K, **FORMS[form])
-        assert found.peak_bytes == pytest.approx(counted_peak(found), rel=0.03)
+        found = expected(model, 32 * K, loss_chunk=2 * K, **FORMS[form])
+        assert found.peak_bytes == pytest.approx(counted_peak(found), rel=0.005)

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,19 +79,6 @@ class Counted(TorchDispatchMode):
         self.now -= size
 
 
-class FusedNorm(nn.Module):
-    """RMSNorm as CUDA's one kernel: it makes its result and keeps its input; a CPU's makes and keeps
-    a float32 of each step.
-    """
-
-    def __init__(self, like: nn.RMSNorm, counted: Counted) -> None:
-        super().__init__()
-        self.weight, self.eps, self._counted = like.weight, like.eps, counted
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Norm.apply(x, self.weight, self.eps, self._counted)
-
-
 class HostMemory(HostLane):
     """Where offloaded tensors go if device and host are the same memory: it is not counted."""
 
@@ -102,29 +89,3 @@ class HostMemory(HostLane):
         with self._counted.paused():
             buffer = super().host(num_bytes)
         return self._counted.leave_out(buffer)
-
-
-def fuse_norms(model: nn.Module, counted: Counted) -> None:
-    """Put a FusedNorm in the place of each RMSNorm."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.RMSNorm):
-                setattr(module, name, FusedNorm(child, counted))
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, counted: Counted) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.counted = eps, counted
-        with counted.paused():
-            out = torch.rms_norm(x, weight.shape, weight, eps)
-        return counted.add(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        with ctx.counted.paused(), torch.enable_grad():
-            x, weight = (each.detach().requires_grad_() for each in ctx.saved_tensors)
-            out = torch.rms_norm(x, weight.shape, weight, ctx.eps)
-            dx, dweight = torch.autograd.grad(out, (x, weight), grads[0])
-        return ctx.counted.add(dx), ctx.counted.add(dweight), None, None

@@ -5,11 +5,12 @@
     python examples/experiments/max_context.py --gpus 2 --models tiny.json --memory 40MB  # on CPUs
 
 Every number is of whole training steps that finished (`step.py`): the longest that did, and beside
-it the shortest that did not. As in the paper all GPUs divide the optimizer's states in every column;
-methods of one GPU train a sequence on each, the ring one on all. On GPUs `--memory` caps torch's
-allocator; on CPUs the bytes of tensors are counted (`counted.py`), but for what is inside of an
-attention operator. A GPU that runs out of memory in the middle of a ring leaves the others waiting:
-steps run in jobs of torchrun, which end when a rank fails, and the search goes on in another.
+it the shortest that did not. As in the paper all GPUs divide the optimizer's states in every
+column; methods of one GPU train a sequence on each, the ring one on all. On GPUs `--memory` caps
+torch's allocator; on CPUs the bytes of tensors are counted (`counted.py`), but for what is inside
+of an attention operator. A GPU that runs out of memory in the middle of a ring leaves the others
+waiting: steps run in jobs of torchrun, which end when a rank fails, and the search goes on in
+another.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from counted import Counted
-from processes import device_name, everywhere, first, ranks, say, started
+from processes import everywhere, first, machine, ranks, say, started
 from search_length import Asked, Trial, longest, propose, shortest_failed
 from step import Clock, Form, Training
 from tables import context_lines, draw_contexts
@@ -250,10 +251,9 @@ def main() -> None:
         log.unlink()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = {
-        "device": device_name(device),
+        **machine(device),
         "gpus": args.gpus,
         "memory_bytes": args.memory or torch.cuda.mem_get_info()[1],
-        "torch": torch.__version__,
         "seconds": perf_counter() - begin,
         "rows": found,
     }

@@ -5,6 +5,8 @@
         --rings 1 2 --per-gpu 32k --forms none selective:ff_chunk=4096 --json mfu.json --png mfu.png
     torchrun --nproc_per_node 2 examples/experiments/mfu.py --rings 2 --tokens 1M --steps 1 \\
         --warm-up 16k --forms selective:ff_chunk=8192
+    torchrun --nproc_per_node 2 examples/experiments/mfu.py \\
+        --cases "llama-1b 2 64k selective" "qwen3-0.6b 1 32k full:every=2"
 
 All in one process group. Each ring trains a sequence of its own, so that all GPUs work whatever its
 size. MFU counts no FLOPs twice and of causal attention only the pairs that see each other. On CPUs
@@ -12,6 +14,7 @@ everything runs too, and bytes are counted by `counted.py`; the share of a peak 
 """
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 from counted import Counted
 from device_time import by_kind
-from processes import device_name, everywhere, first, ranks, say, started
+from processes import everywhere, first, machine, ranks, say, started
 from progress import progress
 from step import Form, Measured, Training
 from tables import draw_mfu, mfu_lines, part_lines, title
@@ -65,6 +68,7 @@ def parse_args() -> argparse.Namespace:
         help="tokens of each GPU: a ring's sequence is as many times longer",
     )
     add("--forms", nargs="+", default=["none"], help="such as selective:ff_chunk=4096,every=2")
+    add("--cases", nargs="+", help="these alone, each 'model ring tokens-of-a-GPU form'")
     add("--steps", type=int, default=3, help="timed, after one that warms up")
     add("--warm-up", type=tokens, help="tokens of the step that warms up, if not as the others")
     add("--hardware", default="h200", help="a name, or a .json file of ring-sp bench")
@@ -79,16 +83,25 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[Job, Choice]]:
     """Every configuration that was asked for; shapes and choices that make no sense raise."""
     machine, world = hardware.find(args.hardware), ranks()
     rings = args.rings or sorted({1, world})
-    shapes = [model_shape.find(name) for name in args.models]
-    for shape, length, fixed, ring in product(
-        shapes, args.tokens or args.per_gpu, [form(text) for text in args.forms], rings
-    ):
+    asked = list(product(args.models, rings, args.tokens or args.per_gpu, args.forms))
+    if args.cases:
+        asked = [case(text) for text in args.cases]
+    for model, ring, length, text in asked:
         seq_len = length if args.tokens else length * ring
         data = max(1, world // ring)
         yield (
-            Job(shape, machine, world, seq_len, batch=data),
-            Choice(**{"ring": ring, "data": data} | fixed),
+            Job(model_shape.find(model), machine, world, seq_len, batch=data),
+            Choice(**{"ring": ring, "data": data} | form(text)),
         )
+
+
+def case(text: str) -> tuple[str, int, int, str]:
+    """Model, ring, tokens of a GPU and form."""
+    try:
+        model, ring, length, kept = text.split()
+        return model, int(ring), tokens(length), kept
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"a case is 'model ring tokens form'; got {text!r}: {error}") from None
 
 
 def measure(
@@ -99,6 +112,7 @@ def measure(
         counted = None
         if device.type == "cpu":
             counted = modes.enter_context(Counted())
+        gc.collect()
         training = Training(Form(found.job.model, found.choice), topology, device, counted)
         training.run(args.warm_up or found.job.seq_len)
         steps = []
@@ -196,8 +210,7 @@ def main() -> None:
 
 def report(rows: list[Row], job: Job, device: torch.device) -> Row:
     return {
-        "device": device_name(device),
-        "torch": torch.__version__,
+        **machine(device),
         "hardware": asdict(job.hardware),
         "fitted_to": FITTED_TO,
         "rows": rows,

@@ -1,12 +1,18 @@
 """The ranks that torchrun started, or this process alone."""
 
+import platform
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ring_sp.installed import version
 
 PATIENCE = timedelta(minutes=20)
 """A step of a million tokens is enqueued as a whole: its last transfer ends minutes after."""
@@ -57,5 +63,14 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def machine(device: torch.device) -> dict[str, str]:
+    """What a run was made with: device, versions, command."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton", "triton") or "none",
+        "flash-attn-4": version("flash_attn", "flash-attn-4") or "none",
+    }

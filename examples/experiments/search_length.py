@@ -10,8 +10,8 @@ each trial that failed.
 
 @dataclass(frozen=True)
 class Trial:
-    """A step at a length: what its GPU held at most, in bytes; `fits` if it finished below the limit,
-    and `outcome` says what came of it.
+    """A step at a length: what its GPU held at most, in bytes; `fits` if it finished below the
+    limit, and `outcome` says what came of it.
     """
 
     tokens: int
@@ -23,8 +23,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Asked:
-    """Bytes of a GPU that may be held; the first length; lengths are multiples of `granule`, and the
-    answer is sure to a share of `resolution`.
+    """Bytes of a GPU that may be held; the first length; lengths are multiples of `granule`, and
+    the answer is sure to a share of `resolution`.
     """
 
     limit: int

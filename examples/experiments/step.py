@@ -1,26 +1,26 @@
 """A training step as the planner counts it: bf16 weights, fp32 sums of gradients, and AdamW over
 fp32 master weights and moments that all ranks divide among them.
 
-`Training` runs one of RingTransformer, on GPUs or on CPUs; it says how long a step took and how many
-bytes it needed.
+`Training` runs one of RingTransformer, on GPUs or on CPUs; it says how long a step took and how
+many bytes it needed.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from counted import Counted, HostMemory, fuse_norms
+from counted import Counted, HostMemory
 from torch import Tensor, nn
 
 from ring_sp import AttentionConfig, Checkpointing, RingTransformer, ShardedSequence, Topology
 from ring_sp.job import Choice
 from ring_sp.loss import cross_entropy_mean
 from ring_sp.model_shape import ModelShape
-from ring_sp.modules import Part
+from ring_sp.modules import Part, RingAttention
 from ring_sp.offload import Offload
 from ring_sp.rotary import Rotation, rotate
 
@@ -34,7 +34,7 @@ CLIP, RATE, BETAS, DECAY = 1.0, 3e-4, (0.9, 0.95), 0.1
 class VanillaAttention(nn.Module):
     """The attention of a layer with the scores of every pair, as in plain torch; of one rank."""
 
-    def __init__(self, like: nn.Module) -> None:
+    def __init__(self, like: RingAttention) -> None:
         super().__init__()
         self.config = like.config
         self.wq, self.wk, self.wv, self.wo = like.wq, like.wk, like.wv, like.wo
@@ -71,8 +71,8 @@ class Form:
 
 
 def build(form: Form, topology: Topology) -> RingTransformer:
-    """The model on the meta device: shapes alone. Raises ValueError for a shape that RingTransformer
-    does not have.
+    """The model on the meta device: shapes alone. Raises ValueError for a shape that
+    RingTransformer does not have.
     """
     model, choice = form.model, form.choice
     if not model.gated:
@@ -93,7 +93,7 @@ def build(form: Form, topology: Topology) -> RingTransformer:
         )
         if form.vanilla:
             for block in built.blocks:
-                block.attention = VanillaAttention(block.attention)
+                block.attention = VanillaAttention(cast(RingAttention, block.attention))
     return built
 
 
@@ -106,8 +106,8 @@ def checkpointing(choice: Choice) -> Checkpointing | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step of this rank: seconds by part, most bytes of tensors at once, and of what the allocator
-    held; the loss in nats a token.
+    """A step of this rank: seconds by part, most bytes of tensors at once, and of what the
+    allocator held; the loss in nats a token.
     """
 
     seconds: dict[str, float]
@@ -126,13 +126,12 @@ class Training:
     ) -> None:
         """`counted` counts bytes where there is no CUDA; it must be active already."""
         self.form, self.topology, self.device, self.counted = form, topology, device, counted
+        self.reset_peak()
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.model = build(form, topology)
-        if counted is not None:
-            fuse_norms(self.model, counted)
-            if form.choice.offload:
-                self.model.offload = Offload(lane=lambda _: HostMemory(counted))
+        if counted is not None and form.choice.offload:
+            self.model.offload = Offload(lane=lambda _: HostMemory(counted))
         self._place()
         self.optimizer = torch.optim.AdamW(
             [self.master], RATE, BETAS, weight_decay=DECAY, fused=True
@@ -176,7 +175,7 @@ class Training:
     def run(self, seq_len: int, seed: int = 0) -> Measured:
         """One step over a sequence of random tokens for each ring. Collective over the world."""
         clock = Clock(self.device)
-        self.reset_peak()
+        self.reset_peak(empty=False)  # Memory that is asked of the device anew takes long.
         loss = self.differentiate(seq_len, seed, clock)
         self.update(clock)
         return Measured(clock.seconds(), *self.peaks(), loss.item())
@@ -203,7 +202,7 @@ class Training:
                 _reduce_scatter(self.gradients[self.own], self.gradients)
         with clock.part("optimizer"):
             self._update()
-        self.forget()
+            self.forget()
 
     def forget(self) -> None:
         """Begin the sums of gradients again."""
@@ -232,12 +231,14 @@ class Training:
             _all_gather(self.weights, self.weights[self.own])
         self.master.grad = None
 
-    def reset_peak(self) -> None:
+    def reset_peak(self, empty: bool = True) -> None:
+        """`empty` if what the allocator holds and nobody uses goes back to the device."""
         if self.counted is not None:
             self.counted.reset_peak()
         elif self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            if empty:
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peaks(self) -> tuple[int, int]:
@@ -254,7 +255,7 @@ def _adds_to(total: Tensor) -> Any:
     """A hook that adds a parameter's gradient to a float32 sum and lets it go."""
 
     def hook(parameter: Tensor) -> None:
-        total.add_(parameter.grad)
+        total.add_(cast(Tensor, parameter.grad))
         parameter.grad = None
 
     return hook
