@@ -68,7 +68,8 @@ class _Chunks:
         self._chunk, self._dim = chunk, dim
         self._trained = x.requires_grad
         anchor = torch.empty(0, requires_grad=True)
-        self._saved: Any = _Save.apply(anchor, x).grad_fn
+        # Its node alone would not live on before torch 2.13.
+        self._saved: Any = _Save.apply(anchor, x)
         self._again: dict[int, Tensor] = {}
 
     def take(self, at: int) -> Tensor:
@@ -76,7 +77,7 @@ class _Chunks:
             return self.first.pop(at)
         if at not in self._again:
             # A checkpoint gives it once a backward.
-            (x,) = self._saved.saved_tensors
+            (x,) = self._saved.grad_fn.saved_tensors
             self._again = dict(enumerate(x.detach().split(self._chunk, self._dim)))
         return self._again.pop(at).requires_grad_(self._trained)
 
