@@ -1,16 +1,17 @@
-"""The experiments' JSON as Markdown and pictures, and the memory of a model by context.
+"""What the experiments' JSON says, as Markdown and pictures.
 
-    python examples/experiments/render.py max_context.json mfu.json            # prints the tables
-    python examples/experiments/render.py mfu.json max_context.json --folder pictures
-    python examples/experiments/render.py mfu.json --memory memory.png --model llama-1b --gpus 2 \\
-        --form selective:ff_chunk=8192
+    python examples/experiments/render.py mfu.json mfu_1m.json max_context.json   # prints
+    python examples/experiments/render.py mfu.json mfu_1m.json max_context.json \\
+        --folder examples/experiments/results                                     # writes
 
-`--folder` gets max_context.png and mfu.png. `--memory` draws what the planner expects of each part
-for one ring of all GPUs, with what mfu.py measured for the same model, ring and form over it.
+`--folder` gets RESULTS.md, a picture for each report with its name, and memory.png: what the
+planner expects of each part for one ring of all GPUs by context, and what mfu.py measured for the
+same model, ring and form over it.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tables import (
     draw_contexts,
     draw_memory,
     draw_mfu,
+    error_line,
+    machine_line,
     mfu_lines,
     part_lines,
     title,
@@ -33,15 +36,15 @@ from ring_sp.job import Choice, Job
 
 POINTS = 12
 """Lengths in the picture of memory, each sqrt(2) times the one before."""
+Report = dict[str, Any]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     add = parser.add_argument
     add("reports", type=Path, nargs="+", help="JSON files of max_context.py and mfu.py")
-    add("--folder", type=Path, help="for pictures")
-    add("--memory", type=Path, metavar="PNG", help="draw memory by context")
-    add("--model", default="llama-1b")
+    add("--folder", type=Path, help="for RESULTS.md and pictures")
+    add("--model", default="llama-1b", help="of memory.png, as the next four")
     add("--gpus", type=int, default=2)
     add("--hardware", default="h200")
     add("--form", default="selective:ff_chunk=8192")
@@ -51,22 +54,46 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    reports = [json.loads(path.read_text()) for path in args.reports]
-    contexts = [each for each in reports if "methods" in each["rows"][0]]
-    trained = [each for each in reports if "methods" not in each["rows"][0]]
-    for each in contexts:
-        print("\n".join([*context_lines(each), ""]))
-        if args.folder:
-            draw_contexts(each, args.folder / "max_context.png")
-    for each in trained:
-        print("\n".join([*mfu_lines(each["rows"]), ""]))
-        for row in each["rows"]:
-            if "skipped" not in row:
-                print("\n".join([title(row), "", *part_lines(row), ""]))
-        if args.folder:
-            draw_mfu(each, args.folder / "mfu.png")
-    if args.memory:
-        memory(args, [row for each in trained for row in each["rows"]])
+    reports = {path.stem: json.loads(path.read_text()) for path in args.reports}
+    contexts = {name: each for name, each in reports.items() if "methods" in each["rows"][0]}
+    trained = {name: each for name, each in reports.items() if name not in contexts}
+    text = "\n".join(lines(contexts, trained, pictures=args.folder is not None))
+    if args.folder is None:
+        print(text)
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "RESULTS.md").write_text(text + "\n")
+    for name, each in contexts.items():
+        draw_contexts(each, args.folder / f"{name}.png")
+    for name, each in trained.items():
+        draw_mfu(each, args.folder / f"{name}.png")
+    if trained:
+        memory(args, rows_of(trained))
+
+
+def rows_of(trained: dict[str, Report]) -> list[dict[str, Any]]:
+    return [row for each in trained.values() for row in each["rows"]]
+
+
+def lines(contexts: dict[str, Report], trained: dict[str, Report], pictures: bool) -> Iterator[str]:
+    """All reports as Markdown, those of mfu.py in one table."""
+    yield "# Results"
+    for name, each in contexts.items():
+        yield from ("", f"## {name}", "", machine_line(each), "", *context_lines(each))
+        if pictures:
+            yield from ("", f"![longest sequences]({name}.png)")
+    if not trained:
+        return
+    rows = rows_of(trained)
+    yield from ("", "## MFU, time and memory", "")
+    yield from (machine_line(each) for each in trained.values())
+    yield from ("", *mfu_lines(rows), "", error_line(rows))
+    if pictures:
+        yield from ("", *(f"![MFU]({name}.png)" for name in trained))
+        yield from ("", "![memory by context](memory.png)")
+    for row in rows:
+        if "skipped" not in row:
+            yield from ("", f"### {title(row)}", "", *part_lines(row))
 
 
 def memory(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -82,7 +109,7 @@ def memory(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         and row["model"] == asdict(shape)
         and row["choice"] == asdict(choice)
     ]
-    draw_memory(found, same, args.memory)
+    draw_memory(found, same, args.folder / "memory.png")
 
 
 if __name__ == "__main__":

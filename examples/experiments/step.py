@@ -184,10 +184,11 @@ class Training:
         """The loss of a sequence, and its gradients added to the sums. Collective over the ring."""
         sequence = ShardedSequence(seq_len, self.topology, layout=self.form.choice.layout)
         ring = self.rank // self.topology.size
-        make = torch.Generator(self.device).manual_seed(seed * self.size + ring)
-        shape, words = (1, sequence.local_len), self.form.model.vocab
+        make = torch.Generator(self.device).manual_seed((seed << 16) + ring)
+        words = self.form.model.vocab
         tokens, labels = (
-            torch.randint(words, shape, generator=make, device=self.device) for _ in range(2)
+            sequence.shard(torch.randint(words, (1, seq_len), generator=make, device=self.device))
+            for _ in range(2)
         )
         with clock.part("forward"):
             loss = self._loss(tokens, labels, sequence)

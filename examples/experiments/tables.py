@@ -9,6 +9,7 @@ from ring_sp.estimate import Estimate
 from ring_sp.step_memory import STATE_PARTS
 
 Report = dict[str, Any]
+ERRORS = {"seconds": "time", "peak_bytes": "memory"}
 
 
 def context_lines(report: Report) -> Iterator[str]:
@@ -53,6 +54,21 @@ def mfu_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         seconds = [f"{expected['seconds']:.4g}", f"{row['seconds']:.4g}", errors[0]]
         peaks = [f"{each / 1e9:.4g}" for each in (expected["peak_bytes"], row["peak_bytes"])]
         yield _line([*name, kept(choice), *numbers, *seconds, *peaks, errors[1]])
+
+
+def machine_line(report: Report) -> str:
+    """What a run was made with."""
+    made = ("python", "torch", "triton", "flash-attn-4")
+    versions = ", ".join(f"{name} {report[name]}" for name in made)
+    return f"{report['device']}, {versions}: `{report['command']}`"
+
+
+def error_line(rows: list[dict[str, Any]]) -> str:
+    """How far off the planner is at most."""
+    ran = [row["errors"] for row in rows if "skipped" not in row]
+    worst = {key: max((abs(each[key]) for each in ran), default=0) for key in ERRORS}
+    parts = [f"{name} by {worst[key]:.1%}" for key, name in ERRORS.items()]
+    return f"Of {len(ran)} configurations the planner is off at most: {', '.join(parts)}."
 
 
 def title(row: dict[str, Any]) -> str:
