@@ -145,7 +145,7 @@ def test_gradients_of_weights_inside_any_checkpoint(f: Around, around: str) -> N
     assert max(map(relative, found, wanted)) < 1e-14
 
 
-@pytest.mark.parametrize(("around", "runs"), zip(AROUND, (2, 2, 2, 3), strict=True))
+@pytest.mark.parametrize(("around", "runs"), [*zip(AROUND, (2, 2, 2, 3), strict=True)])
 def test_a_checkpoint_that_ends_with_it_runs_fn_no_more_often(around: str, runs: int) -> None:
     module, x, dout = made()
     seen: list[int] = []
@@ -241,6 +241,21 @@ def test_backward_lets_go_of_x() -> None:
     assert stored.expired()
     with pytest.raises(RuntimeError, match="second time"):
         out.backward(dout)
+
+
+def test_a_checkpoint_around_it_has_x_in_backward_alone() -> None:
+    module, x, dout = made()
+    stored: list[StorageWeakRef] = []
+
+    def layer(x: Tensor) -> Tensor:
+        x = x.sin()
+        stored.append(StorageWeakRef(x.untyped_storage()))
+        return blockwise(module, x, 4)
+
+    out = ring_sp.checkpoint(layer, x)
+    for backwards in range(3):
+        assert len(stored) == 1 + backwards and all(each.expired() for each in stored)
+        torch.autograd.grad(out, x, dout, retain_graph=True)
 
 
 def test_x_must_not_change() -> None:
