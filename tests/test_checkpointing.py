@@ -145,7 +145,9 @@ def kept_by_torch(compiled: bool) -> tuple[int, float]:
     seq = sequence({"ring": 2}, 21)
     inputs = tensors(seq)
     wanted = torch.autograd.grad(model(seq, *inputs), inputs)
-    run = partial(torch_checkpoint, model, use_reentrant=False, context_fn=attention_kept)
+    run: Callable[..., Any] = partial(
+        torch_checkpoint, model, use_reentrant=False, context_fn=attention_kept
+    )
     if compiled:
         run = torch.compile(run, backend="aot_eager", fullgraph=True)
     with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
