@@ -31,6 +31,7 @@ from ring_sp.integrations.megatron.ring import MegatronRing
 from ring_sp.integrations.megatron.roll import RollTokens
 from ring_sp.integrations.megatron.rotary import use_ring_positions
 from ring_sp.integrations.megatron.spec import ring_spec, stock_cores, with_tensor_sequence_norms
+from ring_sp.ulysses import kv_replication
 
 _SPECS = ("transformer_layer_spec", "mtp_block_spec", "hybrid_stack_spec", "mamba_stack_spec")
 """The arguments of a model that say what its layers are made of."""
@@ -116,6 +117,7 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
     def build_with_ring(model: MegatronModule, *args: Any, **kwargs: Any) -> None:
         call = known.bind(model, *args, **kwargs)
         given = call.arguments
+        _refuse_heads(given["config"], made.options)
         groups = given.get("pg_collection")
         group = groups.cp if groups else parallel_state.get_context_parallel_group()
         ring = made.ring_over(group)
@@ -130,6 +132,12 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
 
     build_with_ring.ring_sp = True  # type: ignore[attr-defined]
     return build_with_ring
+
+
+def _refuse_heads(config: TransformerConfig, options: RingOptions) -> None:
+    """Raise ValueError where Ulysses ranks do not divide the heads of a tensor rank."""
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    kv_replication(heads, 1, options.ulysses)
 
 
 def _spec(spec: Any, ring: MegatronRing, config: TransformerConfig, vp_stage: int | None) -> Any:
