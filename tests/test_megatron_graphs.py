@@ -13,8 +13,10 @@ pytest.importorskip("megatron")
 import torch
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer import cuda_graphs
+from ranks import raised
 
 from ring_sp.integrations.megatron import drop_graphs
+from ring_sp.integrations.megatron.batch import refuse_unless_causal
 
 ROOT = Path(__file__).parents[1]
 ENDING = """
@@ -87,6 +89,12 @@ def test_graphs_go_before_the_communicators_however_a_script_ends(end: str) -> N
         check=False,
     )
     assert done.stdout.splitlines() == ["done", "dropped, groups there: True"], done.stderr
+
+
+def test_a_mask_cannot_be_looked_at_in_a_graph() -> None:
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        said = raised(refuse_unless_causal, SimpleNamespace(is_cuda=True))
+    assert "give --no-create-attention-mask-in-dataloader" in said
 
 
 @pytest.mark.gpu

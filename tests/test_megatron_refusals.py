@@ -1,16 +1,29 @@
 """What of a Megatron config is refused before anything is built."""
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from conftest import World
 
 pytest.importorskip("megatron")
+from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_gpt import SEQ_LEN, built, case, start
 from ranks import raised
 
-from ring_sp.integrations.megatron import graphs, refusals
+from ring_sp.integrations.megatron import (
+    MegatronRing,
+    graphs,
+    install,
+    refusals,
+    use_ring_positions,
+)
 
 WHOLE = {"cuda_graph_impl": "full_iteration"}
 OFFLOAD = {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]}
@@ -35,6 +48,9 @@ def refused(**given: Any) -> str:
         ({"cuda_graph_impl": "local"}, "no CUDA graphs of the form local"),
         ({"cuda_graph_impl": "transformer_engine"}, "of the form transformer_engine"),
         (OFFLOAD, "no offloading of core_attn without Transformer Engine"),
+        ({"experimental_attention_variant": "dsa"}, "no experimental_attention_variant 'dsa'"),
+        ({"fp8_dot_product_attention": True}, "no fp8_dot_product_attention"),
+        ({"batch_invariant_mode": True}, "no batch_invariant_mode"),
         ({**OFFLOAD, "offload_modules": ["moe_act"]}, ""),
         ({"qk_clip": True, "log_max_attention_logit": True}, ""),
     ],
@@ -56,3 +72,60 @@ def test_a_graph_that_is_proven_still_replays_no_python() -> None:
         assert "form local" in refused(cuda_graph_impl="local", cuda_graph_scope=[])
         assert "drop the same weights" in refused(**WHOLE, attention_dropout=0.1)
         assert "keep its first scores" in refused(**WHOLE, log_max_attention_logit=True)
+
+
+class Mixer(torch.nn.Module):
+    """A state-space or linear-attention layer, as Megatron's are known by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = torch.nn.Linear(2, 2)
+
+
+Mixer.__module__ = "megatron.core.ssm.mamba_mixer"
+
+
+def positions_refused(size: int) -> dict[str, str]:
+    """What is said of models whose tokens would be elsewhere than their layers take them to be."""
+    given = case(ring=size)
+    start(given)
+    group = parallel_state.get_context_parallel_group()
+    stock = MegatronRing.from_group(group)
+    striped = MegatronRing.from_group(group, layout="striped")
+
+    def model(**changes: Any) -> GPTModel:
+        made = install(given.options)
+        try:
+            found = built(given)
+        finally:
+            made.remove()
+        for name, value in changes.items():
+            setattr(found if hasattr(found, name) else found.config, name, value)
+        return found
+
+    mixed = model()
+    mixed.mixer = Mixer()
+    packed = PackedSeqParams("thd", *[torch.tensor([0, 16, SEQ_LEN])] * 2)
+    tokens = torch.zeros(1, SEQ_LEN // size, dtype=torch.long)
+    latent = {"multi_latent_attention": True, "apply_rope_fusion": True}
+    return {
+        "mixer": raised(use_ring_positions, mixed, striped),
+        "mixer in zigzag": raised(use_ring_positions, mixed, stock),
+        "packed mixer": raised(mixed, tokens, tokens, None, packed_seq_params=packed),
+        "multimodal": raised(use_ring_positions, model(position_embedding_type="mrope"), stock),
+        "fused": raised(use_ring_positions, model(**latent), stock),
+        "extra layers": raised(use_ring_positions, model(mtp_num_layers=1), stock),
+    }
+
+
+def test_a_path_that_cannot_follow_the_layout_is_refused(world: Callable[[int], World]) -> None:
+    messages = {
+        "mixer": "mixes tokens in Megatron's zigzag order; use --ring-layout zigzag",
+        "packed mixer": "would mix the tokens of packed documents",
+        "multimodal": "got 'mrope'",
+        "fused": "no fused rotary positions in multi-latent attention",
+        "extra layers": "call install(options) before the model is built",
+    }
+    for said in world(2).run(positions_refused, 2):
+        assert {name: said[name] for name in messages if messages[name] not in said[name]} == {}
+        assert said["mixer in zigzag"] == ""

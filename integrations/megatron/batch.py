@@ -108,8 +108,13 @@ def cut(batch: Batch, sequence: ShardedSequence) -> Batch:
 
 def refuse_unless_causal(hidden: Tensor) -> None:
     """Raise NotImplementedError unless a mask [..., S, S], true where a key is hidden, hides what
-    comes later and nothing else.
+    comes later and nothing else, and while a CUDA graph is recorded, which waits for no mask.
     """
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "a CUDA graph cannot look at the dataloader's attention mask: give "
+            "--no-create-attention-mask-in-dataloader"
+        )
     later = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
     if hidden.shape[-1] != hidden.shape[-2] or not bool((hidden.bool() == later).all()):
         raise NotImplementedError(
