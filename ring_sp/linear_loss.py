@@ -95,10 +95,10 @@ class _LinearLoss(torch.autograd.Function):
             found, dlogits = _chunk(x[at], weight, labels[at], options)
             total += found
             if dx is not None:
-                into = _product(dlogits, weight, wide if options.vocab_group else x.dtype)
-                dx[at] = _summed(into, options.vocab_group)
+                dtype = wide if options.vocab_group else x.dtype
+                dx[at] = _summed(_product(dlogits, weight, dtype), options.vocab_group)
             if dweight is not None:
-                dweight += _product(dlogits.mT, x[at], wide)
+                _add_product(dweight, dlogits, x[at])
             del dlogits  # Or it would lie beside the next chunk's logits.
         ctx.gradients = dx, dweight
         ctx.dtype = x.dtype
@@ -156,6 +156,13 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == dtype:
         return a @ b
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
+def _add_product(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    """dweight += dlogits.T @ x, of some words at a time: the product would be another dweight."""
+    words = max(1, LOGITS // 16 // x.shape[1])
+    for into, some in zip(dweight.split(words), dlogits.split(words, 1), strict=True):
+        into.add_(_product(some.mT, x, dweight.dtype))
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import World
+from live import LiveBytes
 from ranks import groups
 from ringed import relative
 from torch import Tensor
@@ -67,6 +68,26 @@ def test_no_more_logits_are_there_at_a_time(options: LinearLoss, most: int) -> N
     ):
         linear_cross_entropy(*drawn(), options=options)
     assert max(len(call.args[0]) for call in chunk.call_args_list) == most
+
+
+@pytest.mark.parametrize("words", [1, 5, 12, 13])
+def test_weights_gradient_is_added_by_words_of_any_number(words: int) -> None:
+    x, weight, labels = drawn()
+    true = torch.autograd.grad(whole(x, weight, labels, LinearLoss()), weight)
+    with mock.patch.object(linear_loss, "LOGITS", 16 * words * DIM):
+        (found,) = torch.autograd.grad(linear_cross_entropy(x, weight, labels), weight)
+    assert relative(found, true[0]) < 1e-13
+
+
+def test_beside_gradients_there_are_the_logits_of_a_chunk() -> None:
+    words, dim, chunk, tokens = 1024, 64, 64, 512
+    x = torch.randn(tokens, dim, requires_grad=True)
+    weight = torch.randn(words, dim, requires_grad=True)
+    unit = 4 * words * dim  # of a gradient of the weight, and of the logits of a chunk
+    labels = torch.randint(words, (tokens,))
+    with LiveBytes() as live, mock.patch.object(linear_loss, "LOGITS", 16 * 64 * dim):
+        linear_cross_entropy(x, weight, labels, options=LinearLoss(chunk=chunk)).backward()
+    assert 2 + tokens / words <= live.peak / unit < 2.5 + tokens / words
 
 
 def test_is_averaged_and_counted_as_whole_logits_are() -> None:
