@@ -12,11 +12,13 @@ import pytest
 pytest.importorskip("megatron")
 import torch
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import cuda_graphs
 from ranks import raised
 
 from ring_sp.integrations.megatron import drop_graphs
 from ring_sp.integrations.megatron.batch import refuse_unless_causal
+from ring_sp.integrations.megatron.graphs import refuse_packed
 
 ROOT = Path(__file__).parents[1]
 ENDING = """
@@ -95,6 +97,15 @@ def test_a_mask_cannot_be_looked_at_in_a_graph() -> None:
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
         said = raised(refuse_unless_causal, SimpleNamespace(is_cuda=True))
     assert "give --no-create-attention-mask-in-dataloader" in said
+
+
+def test_packed_sequences_cannot_be_recorded() -> None:
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    refuse_packed(torch.zeros(1), PackedSeqParams())
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        refuse_packed(on_gpu, None)
+        said = raised(refuse_packed, on_gpu, PackedSeqParams())
+    assert "would keep the first ones' documents" in said
 
 
 @pytest.mark.gpu

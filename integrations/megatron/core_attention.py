@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ring_sp import ShardedSequence, max_logits, ring_attention
+from ring_sp.integrations.megatron import graphs
 from ring_sp.integrations.megatron.dropout import next_seed
 from ring_sp.integrations.megatron.layer_mask import rule, window_of, within
 from ring_sp.integrations.megatron.recomputation import keeps
@@ -118,8 +119,9 @@ class RingCoreAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """See the class. Raises ValueError for a mask tensor or mask type that the ring cannot
-        follow, NotImplementedError for an attention bias.
+        follow, NotImplementedError for an attention bias, and for packed sequences in a CUDA graph.
         """
+        graphs.refuse_packed(query, packed_seq_params)
         if attention_bias is not None:
             raise NotImplementedError("RingCoreAttention has no attention bias")
         if attention_mask is not None:
