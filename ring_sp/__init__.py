@@ -3,7 +3,7 @@
 from ring_sp import layout, masks
 from ring_sp.attention import ring_attention
 from ring_sp.blockwise import blockwise
-from ring_sp.checkpointing import Checkpointing, checkpoint
+from ring_sp.checkpointing import Checkpointing, attention_kept, checkpoint
 from ring_sp.explanation import Explanation, explain
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.logits import max_logits
@@ -24,6 +24,7 @@ __all__ = [
     "RingTransformer",
     "ShardedSequence",
     "Topology",
+    "attention_kept",
     "blockwise",
     "checkpoint",
     "explain",

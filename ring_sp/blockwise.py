@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ring_sp.kernels.contract import accumulation_dtype
@@ -24,8 +25,9 @@ def blockwise(
     over the chunks in float32; those of others, which `fn` knows itself, in their own dtype: in
     bf16 they were 1.8e-3 off for a whole of 4,096 tokens, 5.3e-3 for 16 chunks and 1.8e-2 for 256.
     Dropout draws the same in backward. Besides x and the result there is memory for one more of
-    each. In a checkpoint that ends with it `fn` runs twice, as it does without. Raises ValueError
-    for a chunk below 1, or an `fn` that returns another number of tokens.
+    each. In a checkpoint without reentrance that ends with it `fn` runs twice, as it does without;
+    in others three times. Raises ValueError for a chunk below 1, or an `fn` that returns another
+    number of tokens.
     """
     if chunk < 1:
         raise ValueError(f"chunk is a number of tokens, at least 1; got {chunk}")
@@ -40,20 +42,23 @@ def blockwise(
             )
         return out
 
-    again = partial(checkpoint, use_reentrant=False)
     if not torch.is_grad_enabled():
         return torch.cat([run(part, *weights) for part in x.split(chunk, dim)], dim)
+    again, sums = partial(checkpoint, use_reentrant=False), [_sum(weight) for weight in weights]
+
+    def summed(part: Tensor) -> Tensor:
+        own = [_Part.apply(y, w.detach()) for y, w in zip(sums, weights, strict=True)]
+        return run(part, *own)
+
     if torch.compiler.is_compiling():
-        return torch.cat([again(run, part, *weights) for part in x.split(chunk, dim)], dim)
-    chunks, sums = _Chunks(x, chunk, dim), [_sum(weight) for weight in weights]
-
-    def of(at: int, _: Tensor) -> Tensor:
-        own = (_Part.apply(y, w.detach()) for y, w in zip(sums, weights, strict=True))
-        return run(chunks.take(at), *own)
-
+        return torch.cat([again(summed, part) for part in x.split(chunk, dim)], dim)
+    chunks = _Chunks(x, chunk, dim)
     # An empty tensor tells torch of which device the random numbers are.
     anchor = x.new_empty(0)
-    return torch.cat([again(of, at, anchor) for at in range(len(chunks.first))], dim)
+    with saved_tensors_hooks(_itself, _itself):
+        # A checkpoint around this would run `fn` until it has each chunk's anchor.
+        parts = [again(lambda at, _: summed(chunks.take(at)), n, anchor) for n in chunks.numbers]
+    return torch.cat(parts, dim)
 
 
 class _Chunks:
@@ -64,19 +69,21 @@ class _Chunks:
     """
 
     def __init__(self, x: Tensor, chunk: int, dim: int) -> None:
-        self.first = dict(enumerate(x.split(chunk, dim)))
+        self._first = dict(enumerate(x.split(chunk, dim)))
+        self.numbers = range(len(self._first))
         self._chunk, self._dim = chunk, dim
         self._trained = x.requires_grad
         anchor = torch.empty(0, requires_grad=True)
-        self._saved: Any = _Save.apply(anchor, x).grad_fn
+        # Its node alone would not live on before torch 2.13.
+        self._saved: Any = _Save.apply(anchor, x)
         self._again: dict[int, Tensor] = {}
 
     def take(self, at: int) -> Tensor:
-        if at in self.first:
-            return self.first.pop(at)
+        if at in self._first:
+            return self._first.pop(at)
         if at not in self._again:
             # A checkpoint gives it once a backward.
-            (x,) = self._saved.saved_tensors
+            (x,) = self._saved.grad_fn.saved_tensors
             self._again = dict(enumerate(x.detach().split(self._chunk, self._dim)))
         return self._again.pop(at).requires_grad_(self._trained)
 
@@ -88,6 +95,10 @@ class _Save(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return anchor.clone()
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _sum(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint as torch_checkpoint
 
-from ring_sp.kept import Kept, current
+from ring_sp.kept import Hold, Kept, current, hold
 from ring_sp.offload import Offload, Stretch
 
 
@@ -52,37 +52,47 @@ def checkpoint(
     run: Callable[..., Any] = partial(_named, fn, names)
     given = [*args, *kwargs.values()]
     inside = partial(torch_checkpoint.checkpoint, use_reentrant=False)
-    if torch.compiler.is_compiling():
-        if offload is not None:
-            raise NotImplementedError("offload cannot be compiled: compile what it checkpoints")
-        return inside(run, *given, context_fn=_policy) if keep_attention else inside(run, *given)
-    stretch = None
+    keeping = attention_kept
     if offload is not None:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("offload cannot be compiled: compile what it checkpoints")
         if current():
             raise ValueError("a checkpoint in another keeps nothing itself: offload the outer one")
         stretch = offload.open()
-    if keep_attention:
-        run = partial(_again, Kept(stretch.keep) if stretch else Kept(), run)
-    if stretch:
+        keeping = partial(attention_kept, stretch.keep)
         run, given = _travelling(stretch, run, given)
-    return inside(run, *given)
+    return inside(run, *given, context_fn=keeping) if keep_attention else inside(run, *given)
 
 
-def _policy() -> Any:
-    return torch_checkpoint.create_selective_checkpoint_contexts(
-        [torch.ops.ring_sp.attention.default]
-    )
+def attention_kept(hold: Hold = hold) -> tuple[Any, Any]:
+    """For `context_fn` of torch.utils.checkpoint without reentrance, and of hosts that hand it on:
+    a checkpoint runs again all but the calls of `ring_attention` in it, whose (out, lse) are kept.
+    """
+    if torch.compiler.is_compiling():
+        kept_operators = [torch.ops.ring_sp.attention.default]
+        return torch_checkpoint.create_selective_checkpoint_contexts(kept_operators)
+    kept = Kept(hold)
+    return kept.recording(), _Replaying(kept)
+
+
+class _Replaying:
+    """`kept.replaying()`, as often as backward comes."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+
+    def __enter__(self) -> None:
+        self._now = self._kept.replaying()
+        self._now.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._now.__exit__(*raised)
 
 
 def _named(fn: Callable[..., Any], names: tuple[str, ...], *given: Any) -> Any:
     """fn of `given`, the last of which have names."""
     plain = len(given) - len(names)
     return fn(*given[:plain], **dict(zip(names, given[plain:], strict=True)))
-
-
-def _again(kept: Kept, run: Callable[..., Any], *given: Any) -> Any:
-    with kept.replaying() if kept.recorded else kept.recording():
-        return run(*given)
 
 
 def _travelling(

@@ -86,12 +86,6 @@ class Offload:
             before.fetch()
         self._ahead = weakref.ref(before) if before else None
 
-    def _land(self) -> None:
-        """Let go of what has been copied to the host."""
-        for lane, copied, _ in self._leaving:
-            lane.wait(copied)
-        self._leaving.clear()
-
     def _before(self, wanted: "Stretch") -> "Stretch | None":
         earlier = None
         for stretch in self._alive():

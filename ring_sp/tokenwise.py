@@ -37,8 +37,10 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        normed = [functional.rms_norm(part, weight.shape, weight, eps) for part in pieces(x)]
-        return normed[0] if len(normed) == 1 else torch.cat(normed, 1)
+        out = torch.empty_like(x)
+        for part, into in zip(pieces(x), pieces(out), strict=True):
+            into.copy_(functional.rms_norm(part, weight.shape, weight, eps))
+        return out
 
     @staticmethod
     @once_differentiable

@@ -57,8 +57,8 @@ class RingTransformer(nn.Module):
         layout: str = "zigzag",
         **saving: Any,
     ) -> None:
-        """The feed-forward is ff_multiple * dim wide, rounded; a `tied` head is the embedding's weight.
-        `saving` is `checkpointing`, `feed_forward_chunk` and `loss_chunk`, see `Saving`.
+        """The feed-forward is ff_multiple * dim wide, rounded; a `tied` head is the embedding's
+        weight. `saving` is `checkpointing`, `feed_forward_chunk` and `loss_chunk`, see `Saving`.
         """
         super().__init__()
         self.saving = Saving(**saving)

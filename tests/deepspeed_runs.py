@@ -18,6 +18,7 @@ from ringed import relative
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ring_sp import attention_kept
 from ring_sp.integrations.deepspeed import (
     NAME,
     DeepSpeedRing,
@@ -199,7 +200,8 @@ def model_of(run: Run) -> PreTrainedModel:
             for name, weight in weights.items():
                 weight.data.copy_(whole[name])
     if run.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        kept = {"use_reentrant": False, "context_fn": attention_kept}
+        model.gradient_checkpointing_enable(kept)
     if run.hosted_checkpointing:
         # With checkpoint_in_cpu DeepSpeed 0.19.8 empties the inputs themselves where there is no
         # other device to copy them from.

@@ -16,13 +16,15 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: set[int] = set()
+        self._given: dict[int, tuple[StorageWeakRef, int]] = {}
+        """Made outside. Weak references keep an address from being given to another storage."""
         self.peak = self._most = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._given |= _storages((args, kwargs)).keys() - self._alive.keys()
+        given = _storages((args, kwargs))
+        self._given |= {key: x for key, x in given.items() if key not in self._alive}
         found = func(*args, **(kwargs or {}))
         for key, made in _storages(found).items():
             if key not in self._given and key not in self._alive:

@@ -12,8 +12,16 @@ from ranks import groups, raised, sequence
 from ringed import relative
 from test_operator import SPREAD, Sizes, model, tensors
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from ring_sp import AttentionConfig, Checkpointing, RingTransformer, checkpoint, plan
+from ring_sp import (
+    AttentionConfig,
+    Checkpointing,
+    RingTransformer,
+    attention_kept,
+    checkpoint,
+    plan,
+)
 from ring_sp.loss import shift_labels
 from ring_sp.ring import ring_pass
 
@@ -121,6 +129,32 @@ def compiled(keep: bool) -> tuple[int, float]:
     with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
         found = torch.autograd.grad(run(seq, *inputs), inputs)
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torchs_own_checkpoint_takes_what_was_kept_each_time(
+    world: Callable[[int], World], compiled: bool
+) -> None:
+    for count, error in world(2).run(kept_by_torch, compiled):
+        # A forward and two backwards.
+        assert count == 3 and error < 1e-13
+
+
+def kept_by_torch(compiled: bool) -> tuple[int, float]:
+    torch._dynamo.reset()
+    seq = sequence({"ring": 2}, 21)
+    inputs = tensors(seq)
+    wanted = torch.autograd.grad(model(seq, *inputs), inputs)
+    run: Callable[..., Any] = partial(
+        torch_checkpoint, model, use_reentrant=False, context_fn=attention_kept
+    )
+    if compiled:
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
+        loss = run(seq, *inputs)
+        found = [torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2)]
+    assert all(map(torch.equal, *found))
+    return ring.call_count, max(relative(a, b) for a, b in zip(found[0], wanted, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from ringed import relative
 pytest.importorskip("accelerate")
 from hf_training import Outcome, Run, made, outcome, trained
 
+from ring_sp import attention_kept
+
 NEAR = 1e-5
 """Float32 of two orders of summation, relative."""
 STREAMING = {"max_steps": 8, "accelerator_config": {"dispatch_batches": False}}
@@ -33,8 +35,7 @@ def far(got: Outcome, wanted: Outcome) -> list[str]:
     return found
 
 
-def checkpointing(use_reentrant: bool) -> dict[str, object]:
-    options = {"use_reentrant": use_reentrant}
+def checkpointing(**options: object) -> dict[str, object]:
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
 
 
@@ -46,8 +47,8 @@ def checkpointing(use_reentrant: bool) -> dict[str, object]:
         (4, Run(ring=2, padded=True)),
         (4, Run(ring=2, packed=True, batch=2)),
         (4, Run(ring=4, packed=True, batch=3, layout="balanced")),
-        (2, Run(ring=2, options=checkpointing(True))),
-        (2, Run(ring=2, options=checkpointing(False))),
+        (2, Run(ring=2, options=checkpointing(use_reentrant=True))),
+        (2, Run(ring=2, options=checkpointing(use_reentrant=False, context_fn=attention_kept))),
         (4, Run(ring=2, rows=12, stream=True, options=STREAMING)),
         (2, Run(ring=2, options={"train_sampling_strategy": "group_by_length"})),
     ],

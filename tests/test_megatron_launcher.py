@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -226,3 +227,42 @@ def test_a_model_is_the_rings_in_all_layers_or_in_none(world: Callable[[int], Wo
     assert f"{layer} attends with OwnAttention and not with the ring" in said["own"]
     assert "DotProductAttention was asked for while the ring is installed" in said["stock"]
     assert f"{layer} attends with DotProductAttention" in said["removed"]
+
+
+def heads_that_do_not_fit() -> tuple[str, bool]:
+    """What is said of a model before its ring is made, and whether it was made."""
+    given = case(ring=3, ulysses=3)
+    start(given)
+    made = install(given.options)
+    try:
+        return raised(built, given), made.ring is not None
+    finally:
+        made.remove()
+
+
+def test_heads_that_ulysses_cannot_divide_are_refused_before_groups_are_made(
+    world: Callable[[int], World],
+) -> None:
+    for said, has_ring in world(3).run(heads_that_do_not_fit):
+        assert "needs a number of query heads that 3 divides; got 4" in said
+        assert not has_ring
+
+
+def warned(per_token: bool) -> list[str]:
+    """What a model's builder is warned of."""
+    given = case(ring=2, config={"calculate_per_token_loss": per_token})
+    start(given)
+    made = install(given.options)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            built(given)
+    finally:
+        made.remove()
+    return [str(each.message) for each in caught if "per-token" in str(each.message)]
+
+
+def test_a_loss_that_is_not_that_of_one_rank_is_warned_of(world: Callable[[int], World]) -> None:
+    assert world(2).run(warned, True) == [[], []]
+    for (said,) in world(2).run(warned, False):
+        assert "not those of one rank" in said

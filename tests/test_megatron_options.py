@@ -58,6 +58,7 @@ def test_the_flag_sets_the_context_parallel_size(line: str, size: int | None, co
         ("--sequence-parallel-ring 2 --ring-layout spiral", "'spiral'"),
         ("--sequence-parallel-ring 2 --ring-kernel fast", "'fast'"),
         ("--sequence-parallel-ring 2 --ring-exchange mail", "'mail'"),
+        ("--sequence-parallel-ring 2 --ring-exchange gather:0", "'gather:0'"),
         ("--sequence-parallel-ring 2 --ring-ff-chunk 0", "must be at least 1; got 0"),
     ],
 )
@@ -81,6 +82,18 @@ def test_what_contradicts_itself_is_refused_while_parsing(
 )
 def test_options_that_do_not_fit_each_other_are_refused(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        RingOptions.from_args(parsed(line))
+
+
+@pytest.mark.parametrize("exchange", ["copies", "gather", "gather:3"])
+def test_an_exchange_is_named_with_its_number(exchange: str) -> None:
+    line = f"--sequence-parallel-ring 4 --ring-exchange {exchange}"
+    assert RingOptions.from_args(parsed(line)) == RingOptions(4, exchange=exchange)
+
+
+def test_a_gather_in_a_ring_of_rings_is_refused_before_groups_are_built() -> None:
+    line = "--sequence-parallel-ring 4 --ring-outer 2 --ring-exchange gather:2"
+    with pytest.raises(NotImplementedError, match="got outer 2 x ring 2"):
         RingOptions.from_args(parsed(line))
 
 

@@ -10,7 +10,7 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import raised
 
-from ring_sp.integrations.megatron import refusals
+from ring_sp.integrations.megatron import graphs, refusals
 
 WHOLE = {"cuda_graph_impl": "full_iteration"}
 OFFLOAD = {"fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]}
@@ -51,7 +51,7 @@ def test_offloads_by_the_switch_of_transformer_engine() -> None:
 
 def test_a_graph_that_is_proven_still_replays_no_python() -> None:
     scoped = {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}
-    with mock.patch.object(refusals, "PROVEN_GRAPHS", ("full_iteration",)):
+    with mock.patch.object(graphs, "PROVEN", ("full_iteration",)):
         assert refused(**WHOLE) == refused(**scoped) == ""
         assert "form local" in refused(cuda_graph_impl="local", cuda_graph_scope=[])
         assert "drop the same weights" in refused(**WHOLE, attention_dropout=0.1)

@@ -40,10 +40,12 @@ FULL = {
 def build(options: Options) -> tuple[list[DistributedDataParallel], Any, MegatronRing]:
     """Model chunks, optimizer and ring, as Megatron's scripts build them."""
     tensor, ring, stages = (options.get(name, 1) for name in ("tensor", "ring", "pipeline"))
-    virtual = options.get("virtual")
+    virtual, experts = options.get("virtual"), options.get("experts", 1)
     pretend_there_is_a_gpu()
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, stages, virtual, context_parallel_size=ring)
+    parallel_state.initialize_model_parallel(
+        *(tensor, stages, virtual), context_parallel_size=ring, expert_model_parallel_size=experts
+    )
     model_parallel_cuda_manual_seed(3, inference_rng_tracker=True, force_reset_rng=True)
     config = TransformerConfig(
         num_layers=4,
@@ -54,6 +56,7 @@ def build(options: Options) -> tuple[list[DistributedDataParallel], Any, Megatro
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=ring,
+        expert_model_parallel_size=experts,
         sequence_parallel=tensor > 1,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
@@ -93,8 +96,13 @@ def chunk(config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
     offset = {
         f"layers.{n}.": f"layers.{x.layer_number - 1}." for n, x in enumerate(model.decoder.layers)
     }
+    own = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+    first_expert = own * parallel_state.get_expert_model_parallel_rank()
+    experts = {f"local_experts.{n}.": f"local_experts.{first_expert + n}." for n in range(own)}
     for name, weight in model.named_parameters():
-        whole = next((name.replace(a, b) for a, b in offset.items() if a in name), name)
+        whole = name
+        for numbers in (offset, experts):
+            whole = next((whole.replace(a, b) for a, b in numbers.items() if a in whole), whole)
         draw(whole, weight)
     return model
 
@@ -211,6 +219,24 @@ def test_training_over_a_ring_equals_one_rank(
 ) -> None:
     (wanted,) = world(1).run(run, {})
     for told in world(size).run(run, options):
+        assert told == pytest.approx(wanted, rel=2e-6)
+
+
+MOE = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_token_dispatcher_type": "allgather",
+    "moe_router_load_balancing_type": "none",
+    "add_bias_linear": False,
+}
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_experts_may_live_on_the_ranks_of_a_ring(
+    world: Callable[[int], World], experts: int
+) -> None:
+    (wanted,) = world(1).run(run, {"config": MOE})
+    for told in world(4).run(run, {"ring": 2, "experts": experts, "config": MOE}):
         assert told == pytest.approx(wanted, rel=2e-6)
 
 

@@ -24,9 +24,12 @@ FEED_FORWARD = 1 + 1 + 2 * FF + FF
 ACTIVATION = 3 * FF
 """While the activation's backward runs, the gradients of what it gets (two) and gives and one more
 for work, in place of what it gave."""
+PROJECTIONS = 1 + 1 + 3
+"""In backward of an attention's: the normed x, q's gradient, which waits, and the gradients of the
+normed x by k, by v and by both."""
 SMALL = 0.75
 """Rotation, tokens and labels, gradients of weights, and what is of a piece or a chunk."""
-CHUNKS = {"feed_forward_chunk": 64, "loss_chunk": 64}
+CHUNKS = {"feed_forward_chunk": 128, "loss_chunk": 128}
 
 
 def held(depth: int, saving: dict[str, Any]) -> tuple[float, float]:
@@ -38,7 +41,7 @@ def held(depth: int, saving: dict[str, Any]) -> tuple[float, float]:
     if module.offload:
         module.offload = Offload(min_bytes=UNIT // 2)
     tokens = torch.randint(64, (1, TOKENS))
-    with LiveBytes() as live, mock.patch.object(tokenwise, "PIECE", 64 * DIM):
+    with LiveBytes() as live, mock.patch.object(tokenwise, "PIECE", 128 * DIM):
         loss = module(tokens, shift_labels(tokens))
         between = live.now
         loss.backward()
@@ -59,13 +62,17 @@ def held(depth: int, saving: dict[str, Any]) -> tuple[float, float]:
             1 + 1 + LSE,
             1 + ATTENTION + FEED_FORWARD + ACTIVATION,
         ),
-        # The gradient of a block's result, and of a feed-forward's x and its x itself.
-        ({"checkpointing": Checkpointing(), **CHUNKS}, 1 + 1 + LSE, 1 + ATTENTION + 1 + 1),
+        # The gradient of a block's result, and of a feed-forward's x, and its x itself.
+        (
+            {"checkpointing": Checkpointing(), **CHUNKS},
+            1 + 1 + LSE,
+            1 + max(ATTENTION + 1 + 1, PROJECTIONS),
+        ),
+        # The first layer's attention and feed-forward's x, and the x of the second.
         (
             {"checkpointing": Checkpointing(every=2), **CHUNKS},
             1 / 2 + 1 + LSE,
-            # Both layers' attention and feed-forward's x, and the x of the second.
-            1 + 2 * (ATTENTION + 1) + 1 + 1,
+            1 + ATTENTION + 1 + 1 + max(ATTENTION + 1 + 1, PROJECTIONS),
         ),
     ],
     ids=["nothing", "full", "kept", "kept, chunks", "every second, chunks"],

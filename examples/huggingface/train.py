@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ring_sp import ProcessGroupManager
+from ring_sp import ProcessGroupManager, attention_kept
 from ring_sp.integrations.huggingface import HuggingFaceRing
 from ring_sp.integrations.huggingface.trainer import RingTrainer
 from ring_sp.layout import LAYOUTS
@@ -124,7 +124,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         use_cpu=not on_gpu,
         bf16=on_gpu and not args.fp32,
         gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": attention_kept},
         deepspeed=args.deepspeed,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,

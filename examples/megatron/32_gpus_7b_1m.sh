@@ -4,19 +4,23 @@
 #   NODES=4 NODE=0 HEAD=host:29500 DATA=prefix TOKENIZER=path bash 32_gpus_7b_1m.sh SCRIPT
 #
 # SCRIPT is Megatron-LM's pretrain_gpt.py. Tensor 2 x ring 16: 65,536 tokens a ring rank.
+# Planned, and held to it by tests/test_megatron_examples.py:
 #
-# Weights      8.0B / 2 tensor ranks: bf16 2 + gradients 4 bytes, Adam 12 / 16: 27 GB a GPU.
-# Activations  12 bytes x 32,768 x 4,096 x 32 layers = 51 GB with the MLP recomputed (else 147);
-#              logits 6 bytes x 65,536 x 64,128 = 25 GB. In all 103 GB of 141.
-# Work         a token: 6 x 7.5B = 45 GFLOP + attention 6 x 32 x 4,096 x 1,048,576 = 825 GFLOP; a
-#              sequence 0.91 EFLOP. At 560 TFLOP/s a GPU: 52 s, 20k tokens/s, 56% of 989 TFLOP/s.
-# Messages     keys and values of a step, 65,536 x 2 x 4 x 128 x 2 bytes = 134 MB: 2.7 ms at 50 GB/s
-#              between nodes under 15 ms of attention; backward 8 under 38 ms. Full recomputation
-#              would go round the ring once more: 17 s a sequence.
+#   ring-sp plan --model llama-8b --gpu h200 --gpus 32 --seq 1M --tensor 2 --outer 4 --ring 4 \
+#       --checkpoint none --ff-chunk 8192 --loss-chunk 0 --shard optimizer
+#
+# Memory       27.1 GB of weights (8.03B / 2 tensor ranks x (2 + 4 + 12 / 16 bytes)), 47.4 GB of
+#              activations (1,446,400 bytes a token x 65,536 / 2; without --ring-ff-chunk 146), 26.3
+#              GB of logits: 100.8 GB of 141.
+# Work         6 x 7.50B x 1,048,576 + 12 x 32 layers x 32 heads x 128 x 5.498e+11 pairs = 47.2 +
+#              864.7 PFLOP a sequence. Step 56.34 s, 18.6k tokens/s, MFU 0.51.
+# Messages     134.2 MB at 285 GB/s take 0.47 ms under 28.02 ms of attention, between hosts
+#              134.2 MB at 45 GB/s take 2.98 ms under 112.07 ms of attention.
 set -euo pipefail
 CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --nnodes "$NODES" --node_rank "$NODE" \
     --nproc_per_node 8 --rdzv_endpoint "$HEAD" -m ring_sp.integrations.megatron "$1" \
-    --sequence-parallel-ring 16 --ring-outer 4 --tensor-model-parallel-size 2 --sequence-parallel \
+    --sequence-parallel-ring 16 --ring-outer 4 --ring-ff-chunk 8192 \
+    --tensor-model-parallel-size 2 --sequence-parallel \
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --swiglu \
     --num-attention-heads 32 --group-query-attention --num-query-groups 8 \
     --seq-length 1048576 --max-position-embeddings 1048576 --position-embedding-type rope \
@@ -26,5 +30,4 @@ CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --nnodes "$NODES" --node_rank "$NODE
     --lr 1e-5 --min-lr 1e-6 \
     --lr-decay-style cosine --lr-warmup-iters 50 --bf16 --use-distributed-optimizer \
     --calculate-per-token-loss --no-create-attention-mask-in-dataloader \
-    --recompute-granularity selective --recompute-modules mlp \
     --data-path "$DATA" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER"

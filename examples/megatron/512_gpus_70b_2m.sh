@@ -4,16 +4,18 @@
 #   NODES=64 NODE=0 HEAD=host:29500 DATA=prefix TOKENIZER=path bash 512_gpus_70b_2m.sh SCRIPT
 #
 # SCRIPT is Megatron-LM's pretrain_gpt.py. Tensor 8 (a node) x ring 64: 32,768 tokens a ring rank.
+# Planned, and held to it by tests/test_megatron_examples.py:
 #
-# Weights      70.6B / 8 tensor ranks: bf16 2 + gradients 4 bytes, Adam 12 / 64: 55 GB a GPU.
-# Activations  12 bytes x 4,096 x 8,192 x 80 layers = 32 GB with the MLP recomputed: 90 GB with
-#              logits, too much for 80. With full recomputation 2 x 4,096 x 8,192 x 80 = 5.4 GB and
-#              one layer's 1.1 GB: 65 GB, and the ring's forward runs twice. On H200 leave it out.
-# Work         a token: 6 x 69.5B = 0.42 TFLOP + attention 6 x 80 x 8,192 x 2,097,152 = 8.25 TFLOP;
-#              a sequence 18.2 EFLOP, 24.2 with recomputation. At 560 TFLOP/s a GPU: 84 s, 25k
-#              tokens/s, 43% of 989 TFLOP/s (63 s, 33k, 57% without).
-# Messages     keys and values of a step, 32,768 x 2 x 128 x 2 bytes = 17 MB: 0.34 ms at 50 GB/s
-#              under 3.9 ms of attention; backward 1 under 10 ms.
+#   ring-sp plan --model llama-70b --gpu h100 --gpus 512 --seq 2M --tensor 8 --ring 64 \
+#       --checkpoint selective --ff-chunk 0 --loss-chunk 0 --shard optimizer
+#
+# Memory       54.6 GB of weights (70.55B / 8 tensor ranks x (2 + 4 + 12 / 64 bytes)), 10.8 GB of
+#              activations (2,642,432 bytes a token x 32,768 / 8), 4.2 GB of logits: 69.6 GB of 80.
+#              Layers are recomputed, but their attention is kept: half of the activations.
+# Work         6 x 69.50B x 2,097,152 + 12 x 80 layers x 64 heads x 128 x 2.199e+12 pairs = 874.5 +
+#              17,293.8 PFLOP a sequence. Step 76.45 s, 27.4k tokens/s, MFU 0.47; with
+#              --no-ring-keep-attention, a ring more, 95.90 s (--checkpoint full).
+# Messages     16.8 MB at 45 GB/s take 0.37 ms under 3.80 ms of attention.
 set -euo pipefail
 CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --nnodes "$NODES" --node_rank "$NODE" \
     --nproc_per_node 8 --rdzv_endpoint "$HEAD" -m ring_sp.integrations.megatron "$1" \

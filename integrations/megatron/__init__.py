@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ring_sp.integrations.megatron.core_attention import RingCoreAttention
     from ring_sp.integrations.megatron.feed_forward import use_blockwise
+    from ring_sp.integrations.megatron.graphs import drop_graphs
     from ring_sp.integrations.megatron.installation import Installation, install
     from ring_sp.integrations.megatron.options import RingOptions, add_ring_args
     from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
@@ -24,6 +25,7 @@ __all__ = [
     "RingRotaryEmbedding",
     "RingSequenceParams",
     "add_ring_args",
+    "drop_graphs",
     "install",
     "use_blockwise",
     "use_ring_positions",
@@ -38,6 +40,7 @@ _HOMES = {
     "RingRotaryEmbedding": "rotary",
     "RingSequenceParams": "ring",
     "add_ring_args": "options",
+    "drop_graphs": "graphs",
     "install": "installation",
     "use_blockwise": "feed_forward",
     "use_ring_positions": "rotary",

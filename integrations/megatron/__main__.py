@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         found = look()
         found.refuse_untested(untested)
         found.refuse_foreign_apex()
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         sys.exit(f"ring_sp: {error}")
     from ring_sp.integrations.megatron.installation import install
 
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
 
 def understood(given: list[str]) -> tuple[RingOptions, bool, list[str]]:
     """What a command line asks of the ring, whether for a Megatron that is not tested, and the
-    arguments for the script. Raises ValueError where it asks for no ring, or contradicts itself.
+    arguments for the script. Raises ValueError where it asks for no ring, or contradicts itself,
+    and NotImplementedError for a ring that there is not.
     """
     parser = argparse.ArgumentParser(_USAGE, allow_abbrev=False, add_help=False)
     add_ring_args(parser)

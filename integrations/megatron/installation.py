@@ -5,6 +5,7 @@ edit, nor for the split of a batch or the shift of multi-token prediction. This 
 that replaces names of Megatron; only `install` does it, and `Installation.remove` undoes it.
 """
 
+import atexit
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from torch.distributed import ProcessGroup
 from ring_sp.integrations.megatron.batch import SplitBatch, SplitPackedBatch
 from ring_sp.integrations.megatron.feed_forward import use_blockwise
 from ring_sp.integrations.megatron.found import look
+from ring_sp.integrations.megatron.graphs import drop_graphs
 from ring_sp.integrations.megatron.options import RingOptions
 from ring_sp.integrations.megatron.ring import MegatronRing
 from ring_sp.integrations.megatron.roll import RollTokens
 from ring_sp.integrations.megatron.rotary import use_ring_positions
 from ring_sp.integrations.megatron.spec import ring_spec, stock_cores, with_tensor_sequence_norms
+from ring_sp.ulysses import kv_replication
 
 _SPECS = ("transformer_layer_spec", "mtp_block_spec", "hybrid_stack_spec", "mamba_stack_spec")
 """The arguments of a model that say what its layers are made of."""
@@ -80,8 +83,9 @@ def install(options: RingOptions, *, untested: bool = False) -> Installation:
     """Give every GPTModel and HybridModel built from now on the ring, in all layers, with the
     batches, positions and multi-token prediction that its layout asks for.
 
-    Call it before the script's own imports from Megatron, once a process. Raises ValueError for a
-    second call, a foreign apex, or a Megatron that is not tested unless `untested`.
+    Call it before the script's own imports from Megatron, once a process, at whose end it has
+    `drop_graphs` called. Raises ValueError for a second call, a foreign apex, or a Megatron that is
+    not tested unless `untested`.
     """
     found = look()
     found.refuse_untested(untested)
@@ -89,6 +93,9 @@ def install(options: RingOptions, *, untested: bool = False) -> Installation:
     if hasattr(GPTModel.__init__, "ring_sp"):
         raise ValueError("install was called twice; remove() the first installation")
     made = Installation(options)
+    # Stays after remove(): the graphs of models that keep the ring stay too.
+    atexit.unregister(drop_graphs)
+    atexit.register(drop_graphs)
     for model in (GPTModel, *_present(_HYBRIDS)):
         made.replace_init(model, _with_ring(vars(model)["__init__"], made))
     for core in stock_cores():
@@ -110,6 +117,7 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
     def build_with_ring(model: MegatronModule, *args: Any, **kwargs: Any) -> None:
         call = known.bind(model, *args, **kwargs)
         given = call.arguments
+        _refuse_heads(given["config"], made.options)
         groups = given.get("pg_collection")
         group = groups.cp if groups else parallel_state.get_context_parallel_group()
         ring = made.ring_over(group)
@@ -124,6 +132,12 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
 
     build_with_ring.ring_sp = True  # type: ignore[attr-defined]
     return build_with_ring
+
+
+def _refuse_heads(config: TransformerConfig, options: RingOptions) -> None:
+    """Raise ValueError where Ulysses ranks do not divide the heads of a tensor rank."""
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    kv_replication(heads, 1, options.ulysses)
 
 
 def _spec(spec: Any, ring: MegatronRing, config: TransformerConfig, vp_stage: int | None) -> Any:

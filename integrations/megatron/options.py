@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ring_sp.exchanges import EXCHANGES
+from ring_sp.exchanges import EXCHANGES, check_exchange
 from ring_sp.kernels import KERNELS
 from ring_sp.layout import LAYOUTS
 
@@ -32,7 +32,9 @@ class RingOptions:
     all."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes that do not fit each other, or unknown names."""
+        """Raises ValueError for sizes that do not fit each other, or unknown names, and
+        NotImplementedError for an exchange that these rings cannot have.
+        """
         sizes = {_RING: self.size, "--ring-ulysses": self.ulysses, "--ring-outer": self.outer}
         if self.ff_chunk is not None:
             sizes["--ring-ff-chunk"] = self.ff_chunk
@@ -51,12 +53,15 @@ class RingOptions:
         ):
             if value not in known:
                 raise ValueError(f"{flag} must be one of {', '.join(known)}; got {value!r}")
+        ring = self.size // (self.ulysses * self.outer)
+        check_exchange(self.exchange, self.outer, ring)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "RingOptions | None":
         """The options in parsed arguments; None where no --sequence-parallel-ring was given.
 
-        Raises ValueError if the arguments contradict each other, or do not have the ring's at all.
+        Raises ValueError if the arguments contradict each other, or do not have the ring's at all,
+        and what RingOptions raises.
         """
         if not hasattr(args, "sequence_parallel_ring"):
             raise ValueError(

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ring_sp import ShardedSequence
-from ring_sp.integrations.megatron.refusals import graph_form
+from ring_sp.integrations.megatron.graphs import form_of
 from ring_sp.kept import Kept
 
 STREAM = "ring-attention-kept"
@@ -104,7 +104,7 @@ def keeps(config: TransformerConfig, wanted: bool) -> bool:
     """Whether a model recomputes, in a way that can take what was kept: a CUDA graph registers all
     states of the tracker, and Megatron does not recompute while it captures one.
     """
-    return wanted and config.recompute_granularity is not None and graph_form(config) == "none"
+    return wanted and config.recompute_granularity is not None and form_of(config) == "none"
 
 
 def _new_ticket() -> Tensor:
