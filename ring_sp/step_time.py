@@ -179,14 +179,15 @@ def recomputed(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
 
 def weights_again(model: ModelShape, choice: Choice) -> float:
     """Of a layer, those that tokens are multiplied with again. A recomputation ends when all that
-    is kept is there, before the product that goes out of the feed-forward; a checkpoint of chunks
-    runs them to the end, before each is recomputed itself.
+    is kept is there, before the product that goes out of the feed-forward; a checkpoint of several
+    layers runs the chunks of all but the last to get to it, before each is recomputed itself.
     """
-    out = model.hidden * model.ffn
-    chunks = model.ffn_weights - out if choice.ff_chunk else 0
+    out, last = model.hidden * model.ffn, 1 / choice.every
     if choice.checkpoint == "none":
-        return chunks
-    return model.layer_weights + (chunks or -out / choice.every)
+        return model.ffn_weights - out if choice.ff_chunk else 0
+    if choice.ff_chunk:
+        return model.layer_weights - out + (1 - last) * model.ffn_weights
+    return model.layer_weights - last * out
 
 
 def _rings_again(choice: Choice) -> bool:
