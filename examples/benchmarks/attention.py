@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median
+from time import sleep
 from typing import Any
 
 import peers
@@ -87,20 +88,22 @@ def cases() -> dict[str, Case]:
 
 
 def milliseconds(
-    steps: dict[str, peers.Step], device: torch.device, repeats: int
+    steps: dict[str, peers.Step], device: torch.device, repeats: int, rest: float = 0.0
 ) -> dict[str, list[list[float]]]:
     """Times of each step, of every rank in every turn. They take turns, so that a GPU that grows
-    warm and slow is slow for all.
+    warm and slow is slow for all. A `rest`, in seconds, before each time, and times so short, leave
+    a GPU its highest clock.
     """
-    inner = {}
+    inner, at_once = {}, 50 if rest else 250
     for name, step in steps.items():
         for _ in range(3):
             step()
         # So many that starting them is no part of the time.
-        inner[name] = max(1, min(40, int(250 / max(_elapsed(step, device, 1)))))
+        inner[name] = max(1, min(40, int(at_once / max(_elapsed(step, device, 1)))))
     found: dict[str, list[list[float]]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
+            sleep(rest)
             found[name].append(_elapsed(step, device, inner[name]))
     return found
 
@@ -109,6 +112,7 @@ def _elapsed(step: peers.Step, device: torch.device, inner: int) -> list[float]:
     events = [peers.event(device) for _ in range(2)]
     peers.synchronize(device)
     dist.barrier()
+    step()  # Under it the host gets ahead.
     events[0].record()
     for _ in range(inner):
         step()
@@ -179,7 +183,7 @@ def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
         )
     found = {name: tried(make, device) for name, make in contenders.items()}
     steps = {name: contenders[name]() for name, x in found.items() if "refused" not in x}
-    of_ranks = milliseconds(steps, device, args.repeats)
+    of_ranks = milliseconds(steps, device, args.repeats, args.rest)
     times = {name: [max(each) for each in turns] for name, turns in of_ranks.items()}
     singles = {name: median(each) for name, each in times.items() if name.startswith("one GPU")}
     fastest = min(singles, key=lambda name: singles[name], default=None)
@@ -232,6 +236,7 @@ def main() -> None:
         "--sums-dtype", choices=("float32", "bfloat16"), help="in which gradients travel"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds before each time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     parser.add_argument("--trace", type=Path, help="folder for a profiler timeline of each ring")
