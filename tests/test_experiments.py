@@ -150,9 +150,11 @@ def test_the_experiments_run_on_cpus_and_are_rendered(
     shown = capsys.readouterr().out
     assert f"{lengths[3]:,} ({row['methods']['ring']['failed']:,} failed)" in shown
     assert "Of 3 configurations the planner is off at most" in shown
-    assert f"`mfu.py --steps 1 --cases '{cases[0]}'" in shown
+    assert "`mfu.py --steps 1 --cases 'tiny.json 1 64 none'" in shown
     pytest.importorskip("matplotlib")
-    run_in_place(render.main, str(mfu), str(context), "--folder", str(tmp_path / "results"))
+    run_in_place(
+        render.main, str(mfu), str(context), "--again", "--folder", str(tmp_path / "results")
+    )
     made = {path.name for path in (tmp_path / "results").iterdir()}
     assert made == {"RESULTS.md", "mfu.png", "max_context.png", "memory.png"}
 
