@@ -127,13 +127,14 @@ def _links(job: Job, choice: Choice, num_bytes: float, visit: float, hops: int) 
 
 
 def element_wise_bytes(model: ModelShape) -> int:
-    """Memory traffic for each token of a layer, forward and backward: two norms (14 bytes an
-    element each), two residual sums (12 each), rotary embeddings of q and k unfused (36), splitting
-    and joining q, k and v (8), the feed-forward's activation (16 where gated, else 10).
+    """Memory traffic for each token of a layer, forward and backward, as `RingTransformer` has it,
+    whose every operation is a kernel: two norms (22 bytes an element each), two residual sums (12
+    each), rotary embeddings of q and k in float32 (104), splitting and joining q, k and v (8), the
+    feed-forward's activation (32 where gated, else 10).
     """
     rotated = (model.heads + model.kv_heads) * model.head_dim
     split = (model.heads + 2 * model.kv_heads) * model.head_dim
-    return 52 * model.hidden + 36 * rotated + 8 * split + (16 if model.gated else 10) * model.ffn
+    return 68 * model.hidden + 104 * rotated + 8 * split + (32 if model.gated else 10) * model.ffn
 
 
 def times(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
@@ -179,14 +180,15 @@ def recomputed(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
 
 def weights_again(model: ModelShape, choice: Choice) -> float:
     """Of a layer, those that tokens are multiplied with again. A recomputation ends when all that
-    is kept is there, before the product that goes out of the feed-forward; a checkpoint of chunks
-    runs them to the end, before each is recomputed itself.
+    is kept is there, before the product that goes out of the feed-forward; a checkpoint of several
+    layers runs the chunks of all but the last to get to it, before each is recomputed itself.
     """
-    out = model.hidden * model.ffn
-    chunks = model.ffn_weights - out if choice.ff_chunk else 0
+    out, last = model.hidden * model.ffn, 1 / choice.every
     if choice.checkpoint == "none":
-        return chunks
-    return model.layer_weights + (chunks or -out / choice.every)
+        return model.ffn_weights - out if choice.ff_chunk else 0
+    if choice.ff_chunk:
+        return model.layer_weights - out + (1 - last) * model.ffn_weights
+    return model.layer_weights - last * out
 
 
 def _rings_again(choice: Choice) -> bool:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import World
 from ranks import groups
-from step import Clock, Form, Training
+from step import BETAS, CLIP, Clock, Form, Training
 
 from ring_sp.job import Choice
 from ring_sp.model_shape import ModelShape
 
+CPU = torch.device("cpu")
 MODEL = ModelShape("tiny", 4, 48, 6, 2, 8, 96, 80, tied=True)
 FORMS: dict[str, dict[str, Any]] = {
     "all is kept": {},
@@ -26,11 +27,12 @@ def trained(
 ) -> Any:
     """Loss, this rank's gradients, and losses of `steps` of AdamW with the weights after them."""
     asked = Form(MODEL, Choice(ring=ring, **FORMS[form]), vanilla)
-    training = Training(asked, groups(ring=ring).topology, torch.device("cpu"))
+    training = Training(asked, groups(ring=ring).topology, CPU)
     loss = training.differentiate(seq_len, 3, Clock(training.device)).item()
     own = training.gradients.clone()
     training.forget()
     told = [training.run(seq_len, 3).loss for _ in range(steps)]
+    assert not training.gradients.any()
     return loss, own, told, training.weights.clone()
 
 
@@ -70,3 +72,20 @@ def test_rings_side_by_side_train_on_the_mean_of_their_sequences(
     ranks = world(2).run(trained, 1, 61, 4)
     assert ranks[0][0] != ranks[1][0] and torch.equal(ranks[0][3], ranks[1][3])
     assert all(each[2][-1] < each[2][0] - 0.05 for each in ranks)
+
+
+def clipped(ring: int) -> float:
+    """The square of this rank's share of a gradient that is far too long, as Adam got it."""
+    training = Training(Form(MODEL, Choice(ring=ring)), groups(ring=ring).topology, CPU)
+    training.differentiate(61, 3, Clock(CPU))
+    training.gradients *= 1000
+    training.update(Clock(CPU))
+    moment = training.optimizer.state[training.master]["exp_avg"] / (1 - BETAS[0])
+    return moment.square().sum().item()
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_gradients_are_clipped_by_the_norm_of_all_ranks(
+    world: Callable[[int], World], ring: int
+) -> None:
+    assert sum(world(2).run(clipped, ring)) == pytest.approx(CLIP**2, rel=1e-3)

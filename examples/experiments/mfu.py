@@ -135,10 +135,9 @@ def row(found: Estimate, steps: list[list[Measured]], kinds: dict[str, float]) -
     ]
     seconds = median(sum(step.seconds.values()) for step in slowest)
     peak = max(step.peak_bytes for own in steps for step in own)
-    job = found.job
-    again = recomputed(job, found.choice, found.told)
+    job, planned = found.job, facts(found)
     return {
-        **facts(found),
+        **planned,
         "steps": len(slowest),
         "seconds": seconds,
         "parts": {
@@ -150,10 +149,7 @@ def row(found: Estimate, steps: list[list[Measured]], kinds: dict[str, float]) -
         "held_bytes": max(step.held_bytes for own in steps for step in own),
         "loss": slowest[-1].loss,
         "kinds": {
-            name: {
-                "measured": spent,
-                "expected": found.times.get(name, 0.0) + again.get(name, 0.0),
-            }
+            name: {"measured": spent, "expected": expected_kind(name, planned["expected"])}
             for name, spent in kinds.items()
         },
         "errors": {
@@ -161,6 +157,12 @@ def row(found: Estimate, steps: list[list[Measured]], kinds: dict[str, float]) -
             "peak_bytes": found.peak_bytes / peak - 1,
         },
     }
+
+
+def expected_kind(name: str, expected: Row) -> float:
+    """Seconds of a kind of kernel by the planner, recomputed ones too."""
+    found: float = expected["times"].get(name, 0.0) + expected["recomputed"].get(name, 0.0)
+    return found
 
 
 def facts(found: Estimate) -> Row:

@@ -64,11 +64,12 @@ def say(*words: object) -> None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a run was made with: device, versions, command."""
+    """What a run was made with: device, versions, command, without the folders of files."""
     on_gpu = device.type == "cuda"
+    given = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv]
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(given[0]).name, *given[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton", "triton") or "none",

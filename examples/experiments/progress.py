@@ -1,4 +1,4 @@
-"""How far the device is in a long step: the layers that it has finished, as they finish."""
+"""How far the device is in a long step: the layers that it has come to."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ INTERVAL = 5.0
 
 @contextmanager
 def progress(blocks: Iterable[nn.Module], device: torch.device, shown: bool) -> Iterator[None]:
-    """Say every few seconds which layer's forward the device has finished, the first time, and in
+    """Say every few seconds which layer's forward the device has begun, the first time, and in
     backward again if layers are checkpointed. Nothing is waited for: the host is far ahead.
     """
     if not shown or device.type != "cuda":
@@ -37,12 +37,11 @@ def progress(blocks: Iterable[nn.Module], device: torch.device, shown: bool) -> 
             if finished > told:
                 told = finished
                 again, layer = divmod(told, len(layers))
-                where = (
-                    f"backward, {layer + 1} computed again" if again else f"forward, {layer + 1}"
-                )
-                say(f"  {where} of {len(layers)} layers, {perf_counter() - begin:.0f} s")
+                way = "backward" if again else "forward"
+                say(f"  {way}, {layer + 1} of {len(layers)} layers, {perf_counter() - begin:.0f} s")
 
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    # Before it: a recomputation ends inside of a layer.
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     watcher = Thread(target=watch, daemon=True)
     watcher.start()
     try:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mfu import form
+from mfu import expected_kind, facts, form
 from tables import (
     context_lines,
     draw_contexts,
@@ -44,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("reports", type=Path, nargs="+", help="JSON files of max_context.py and mfu.py")
     add("--folder", type=Path, help="for RESULTS.md and pictures")
+    add("--again", action="store_true", help="expect what the planner does now, not at the run")
     add("--model", default="llama-1b", help="of memory.png, as the next four")
     add("--gpus", type=int, default=2)
     add("--hardware", default="h200")
@@ -57,6 +58,9 @@ def main() -> None:
     reports = {path.stem: json.loads(path.read_text()) for path in args.reports}
     contexts = {name: each for name, each in reports.items() if "methods" in each["rows"][0]}
     trained = {name: each for name, each in reports.items() if name not in contexts}
+    if args.again:
+        for each in trained.values():
+            each["rows"] = [again(row, each["hardware"]) for row in each["rows"]]
     text = "\n".join(lines(contexts, trained, pictures=args.folder is not None))
     if args.folder is None:
         print(text)
@@ -69,6 +73,33 @@ def main() -> None:
         draw_mfu(each, args.folder / f"{name}.png")
     if trained:
         memory(args, rows_of(trained))
+
+
+def again(row: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """A row with what the planner expects now."""
+    if "skipped" in row:
+        return row
+    rates = {name: tuple(map(_tuple, machine[name])) for name in ("measured", "head_dim_rates")}
+    job = Job(
+        model_shape.ModelShape(**row["model"]),
+        hardware.Hardware(**machine | rates),
+        *(row[name] for name in ("gpus", "seq_len", "batch")),
+    )
+    found = estimate(job, Choice(**row["choice"]))
+    expected = facts(found)["expected"]
+    kinds = {
+        name: both | {"expected": expected_kind(name, expected)}
+        for name, both in row["kinds"].items()
+    }
+    return row | {
+        "expected": expected,
+        "kinds": kinds,
+        "errors": {key: expected[key] / row[key] - 1 for key in ("seconds", "peak_bytes")},
+    }
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def rows_of(trained: dict[str, Report]) -> list[dict[str, Any]]:

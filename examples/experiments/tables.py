@@ -169,9 +169,8 @@ def draw_memory(found: list[Estimate], measured: list[tuple[int, int]], path: Pa
     axes.stackplot(lengths, [*parts, work], labels=names, alpha=0.85)
     if measured:
         places, bytes_ = zip(*measured, strict=True)
-        axes.plot(
-            places, [each / 1e9 for each in bytes_], "o", color="black", label="measured peak"
-        )
+        peaks_gb = [each / 1e9 for each in bytes_]
+        axes.plot(places, peaks_gb, "o", color="black", clip_on=False, label="measured peak")
     limit = found[0].usable_bytes / 1e9
     axes.axhline(limit, color="red", linestyle="--", linewidth=1, label=f"usable {limit:.0f} GB")
     ticks = lengths[::-1][::2]
