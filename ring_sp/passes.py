@@ -13,7 +13,7 @@ from ring_sp.kernels.contract import Rows, State, accumulation_dtype, empty_stat
 from ring_sp.kernels.delta import delta
 from ring_sp.kernels.dropout import Dropout
 from ring_sp.plan import Plan
-from ring_sp.ring import Message, Visit
+from ring_sp.ring import Message, Visit, ring_pass
 
 Exchange = Callable[[Tensor, Visit, Message], Tensor | None]
 """What `Plan.show` does."""
@@ -276,7 +276,8 @@ def _by_queries(
         travels,
         lambda source: queries.dq_numel(plan.q_lens[source]),
     )
-    others = turned.show(queries.join(q, rows), visit, message)
+    # Straight on, past `show`: no caller but this may hold the message, which goes once it is sent.
+    others = ring_pass(queries.join(q, rows), plan.path, visit, message)
     dq = _sum(q, kept, None if others is None else others.view(q.shape))
     return dq, torch.zeros_like(kv) if dkv is None else dkv
 

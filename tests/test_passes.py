@@ -1,8 +1,10 @@
 """What a pass round the ring does to rounding, with all its stations played by one process."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
+from weakref import ref
 
 import pytest
 import torch
@@ -208,6 +210,37 @@ def test_the_backward_moves_whichever_side_is_fewer_bytes(
         for found, a, b in zip(mine, one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             assert torch.equal(found, b if turned else a)
+
+
+def held_after_it_was_sent() -> list[bool]:
+    """Whether the message of this rank's own queries is still there in each visit to others'."""
+    seq = sequence({"ring": 3}, 37)
+    q, k, v = (torch.randn(1, seq.local_len, 2, 8, requires_grad=True) for _ in range(3))
+    out, made, alive = ring_attention(q, k, v, seq, kernel="reference"), [], []
+    join, backward = passes.QueryWire.join, KERNELS["reference"].backward
+
+    def joined(*given: Any) -> Tensor:
+        message = join(*given)
+        made.append(ref(message))
+        return message
+
+    def visited(*given: Any) -> Tensor:
+        alive.append(made[0]() is not None)
+        return backward(*given)
+
+    with (
+        mock.patch.object(passes.QueryWire, "join", joined),
+        mock.patch.object(KERNELS["reference"], "backward", visited),
+    ):
+        torch.autograd.grad(out.sum(), (q, k, v))
+    return alive[1:]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a caller holds what it has given")
+def test_a_message_that_nobody_else_keeps_goes_once_it_is_sent(
+    world: Callable[[int], World],
+) -> None:
+    assert world(3).run(held_after_it_was_sent) == [[False, False]] * 3
 
 
 def sums_sent(
