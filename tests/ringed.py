@@ -1,6 +1,9 @@
 """Calls of ring_attention, and how far each result is from unsharded attention."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from conftest import World
@@ -9,10 +12,21 @@ from ranks import groups
 from torch import Tensor
 from visibility import cases
 
-from ring_sp import ShardedSequence, ring_attention
+from ring_sp import ShardedSequence, passes, plan, ring_attention
 from ring_sp.kernels.dropout import Dropout
+from ring_sp.ring import ring_pass
 
 Heads = tuple[int, int]
+
+
+@contextmanager
+def ring_passes() -> Iterator[mock.Mock]:
+    """Counts passes round a ring, of keys and of queries."""
+    with (
+        mock.patch.object(plan, "ring_pass", wraps=ring_pass) as counter,
+        mock.patch.object(passes, "ring_pass", counter),
+    ):
+        yield counter
 
 
 @dataclass(frozen=True)

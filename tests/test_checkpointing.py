@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import World
 from ranks import groups, raised, sequence
-from ringed import relative
+from ringed import relative, ring_passes
 from test_operator import SPREAD, Sizes, model, tensors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -20,10 +20,8 @@ from ring_sp import (
     RingTransformer,
     attention_kept,
     checkpoint,
-    plan,
 )
 from ring_sp.loss import shift_labels
-from ring_sp.ring import ring_pass
 
 DEPTH = 3
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -51,7 +49,7 @@ def loss_and_gradients(module: RingTransformer) -> list[Tensor]:
 
 def passes_and_error(sizes: Sizes, saving: dict[str, Any]) -> tuple[int, float]:
     wanted = loss_and_gradients(transformer(sizes, {}))
-    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
+    with ring_passes() as ring:
         found = loss_and_gradients(transformer(sizes, saving))
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -126,7 +124,7 @@ def compiled(keep: bool) -> tuple[int, float]:
     wanted = torch.autograd.grad(model(seq, *inputs), inputs)
     saved = partial(checkpoint, model, keep_attention=keep)
     run = torch.compile(saved, backend="aot_eager", fullgraph=True)
-    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
+    with ring_passes() as ring:
         found = torch.autograd.grad(run(seq, *inputs), inputs)
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -150,7 +148,7 @@ def kept_by_torch(compiled: bool) -> tuple[int, float]:
     )
     if compiled:
         run = torch.compile(run, backend="aot_eager", fullgraph=True)
-    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
+    with ring_passes() as ring:
         loss = run(seq, *inputs)
         found = [torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *found))

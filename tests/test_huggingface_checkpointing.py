@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from conftest import World
 from ranks import groups
+from ringed import ring_passes
 
 pytest.importorskip("transformers")
 from hf_models import Case, batch, built
 from torch import Tensor
 
-from ring_sp import attention_kept, plan
+from ring_sp import attention_kept
 from ring_sp.integrations.huggingface import HuggingFaceRing, use_blockwise, use_ring_attention
-from ring_sp.ring import ring_pass
 
 LAYERS = 2
 OPTIONS: dict[str, tuple[int, dict[str, Any] | None]] = {
@@ -35,7 +34,7 @@ def results(case: Case, again: dict[str, Any] | None, chunk: int | None) -> list
     if again is not None:
         model.gradient_checkpointing_enable(again)
     part = ring.batch(batch(case, 0), dropout_seed=1)
-    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as passes:
+    with ring_passes() as passes:
         loss = ring.loss(model(**part.inputs).logits, part.shift_labels)
         grads = torch.autograd.grad(loss, list(model.parameters()))
     return [torch.tensor(passes.call_count), loss.detach(), *grads]

@@ -1,20 +1,18 @@
 """Attention's results kept across recomputation."""
 
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
 from conftest import World
 from ranks import sequence
-from ringed import relative
+from ringed import relative, ring_passes
 from test_operator import SPREAD, Sizes, model, tensors
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ring_sp import ShardedSequence, plan, ring_attention
+from ring_sp import ShardedSequence, ring_attention
 from ring_sp.kept import Kept
-from ring_sp.ring import ring_pass
 
 
 def twice(kept: Kept, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -44,7 +42,7 @@ def passes_and_error(sizes: Sizes, f: Callable[..., Tensor], reentrant: bool) ->
     seq = sequence(sizes, 21)
     inputs = tensors(seq)
     wanted = torch.autograd.grad(f(seq, *inputs), inputs)
-    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
+    with ring_passes() as ring:
         loss = checkpoint(twice(Kept(), f), seq, *inputs, use_reentrant=reentrant)
         loss.backward()
     pairs = zip(inputs, wanted, strict=True)

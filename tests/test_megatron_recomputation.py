@@ -17,13 +17,11 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_
 from megatron_gpt import LAYERS, MLA, MOE, MTP, SEQ_LEN, VOCAB, Case, built, case, grads, start
 from megatron_on_cpu import OnCpu
 from ranks import raised
-from ringed import relative
+from ringed import relative, ring_passes
 from test_megatron_training import FULL, MICRO, SELECTIVE, STEPS, Options, build, train
 from torch import Tensor
 
-from ring_sp import plan
 from ring_sp.integrations.megatron import MegatronRing, install
-from ring_sp.ring import ring_pass
 
 ONE = FULL
 ALL = {**ONE, "recompute_num_layers": 2}
@@ -74,7 +72,7 @@ def two_in_flight(given: Case, order: tuple[int, int], keep: bool = True) -> tup
     """Gradients of two micro-batches, passes round the ring, and what is held at the end."""
     model, ring = model_of(given, keep)
     torch.manual_seed(7)
-    counted = mock.patch.object(plan, "ring_pass", wraps=ring_pass)
+    counted = ring_passes()
     with remembering(), OnCpu(), counted as rounds:
         losses = [forward(model, ring, seed) for seed in (1, 2)]
         ring.sequence.cache_clear()  # As batches of many masks do.
@@ -220,7 +218,7 @@ def strays(config: dict[str, Any]) -> tuple[list[dict[str, Tensor]], int]:
         one = torch.ones((), dtype=torch.float64, requires_grad=True)
         recomputes = model.config.recompute_granularity is not None
         run = tensor_parallel.checkpoint if recomputes else lambda f, _, *x: f(*x)
-        with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as rounds:
+        with ring_passes() as rounds:
             nested = [run(outer, False, torch.tensor(seed), one) for seed in (5, 6)]
             for loss in nested:
                 loss.backward()
@@ -243,7 +241,7 @@ def test_no_forward_gets_the_results_of_another(
 def scheduled(options: Options) -> tuple[list[float], int]:
     with OnCpu():
         chunks, optimizer, ring = build(options)
-    counted = mock.patch.object(plan, "ring_pass", wraps=ring_pass)
+    counted = ring_passes()
     with remembering(), counted as rounds:
         told = train(chunks, optimizer, ring)
     assert len(ring.kept) == 0

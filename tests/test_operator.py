@@ -3,18 +3,16 @@
 import gc
 from collections.abc import Callable
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
 from conftest import World
 from ranks import sequence
-from ringed import relative
+from ringed import relative, ring_passes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ring_sp import ShardedSequence, masks, plan, ring_attention
-from ring_sp.ring import ring_pass
+from ring_sp import ShardedSequence, masks, ring_attention
 
 Sizes = dict[str, int]
 SPREAD: list[tuple[int, Sizes]] = [
@@ -101,7 +99,7 @@ def passes_of_a_checkpointed_layer(keep: bool) -> tuple[int, float]:
     ops = [torch.ops.ring_sp.attention.default] if keep else [torch.ops.aten.mm.default]
     policy = partial(create_selective_checkpoint_contexts, ops)
     wanted = torch.autograd.grad(model(seq, *inputs), inputs)
-    with mock.patch.object(plan, "ring_pass", wraps=ring_pass) as ring:
+    with ring_passes() as ring:
         loss = checkpoint(model, seq, *inputs, use_reentrant=False, context_fn=policy)
         found = torch.autograd.grad(loss, inputs)
     return ring.call_count, max(relative(a, b) for a, b in zip(found, wanted, strict=True))
