@@ -30,7 +30,7 @@ if (($# == 0)); then
     newest=.venv/megatron-core-0.19.2
     [[ -d $newest ]] || .venv/bin/python -m pip install -qq --no-deps --target "$newest" \
         --ignore-requires-python --python-version 3.12 --only-binary=:all: megatron-core==0.19.2
-    PYTHONPATH=$newest step pytest tests/test_megatron_{install,training,hybrid,logits,fsdp,dropout,recomputation,feed_forward,graphs,checkpoint,refusals}.py
+    PYTHONPATH=$newest step pytest tests/test_megatron_{install,training,hybrid,logits,fsdp,dropout,recomputation,feed_forward,graphs,checkpoint,refusals,layer_spec}.py
 fi
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "${failed[*]}"

@@ -202,7 +202,7 @@ def refusals() -> dict[str, str]:
         "sinks": raised(core, softmax_type="learned"),
         "kind": raised(core, attention_type="sideways"),
         "another ring": raised(core, bare),
-        "graphs": raised(core, cuda_graph_impl="local"),
+        "graphs": raised(core, cuda_graph_impl="transformer_engine"),
         "window": raised(core(window_size=(8, 0)), x, x, x, None, packed_seq_params=prefix),
         "packed cross": raised(core(attention_type="cross"), x, x, x, None, None, None, seen),
         "a2a": raised(core, cp_comm_type="a2a"),

@@ -16,9 +16,8 @@ from typing import Any
 
 from megatron.core import parallel_state, utils
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import multi_token_prediction, transformer_block
+from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
@@ -30,7 +29,7 @@ from ring_sp.integrations.megatron.options import RingOptions
 from ring_sp.integrations.megatron.ring import MegatronRing
 from ring_sp.integrations.megatron.roll import RollTokens
 from ring_sp.integrations.megatron.rotary import use_ring_positions
-from ring_sp.integrations.megatron.spec import ring_spec, stock_cores, with_tensor_sequence_norms
+from ring_sp.integrations.megatron.spec import block_spec, ring_spec, stock_cores
 from ring_sp.ulysses import kv_replication
 
 _SPECS = ("transformer_layer_spec", "mtp_block_spec", "hybrid_stack_spec", "mamba_stack_spec")
@@ -123,7 +122,8 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
         ring = made.ring_over(group)
         for name in set(_SPECS) & given.keys():
             if given[name] is not None:
-                given[name] = _spec(given[name], ring, given["config"], given.get("vp_stage"))
+                ringed, _ = ring_spec(given[name], ring)
+                given[name] = block_spec(ringed, given["config"], given.get("vp_stage"))
         build(*call.args, **call.kwargs)
         use_ring_positions(model, ring)
         if made.options.ff_chunk is not None:
@@ -138,17 +138,6 @@ def _refuse_heads(config: TransformerConfig, options: RingOptions) -> None:
     """Raise ValueError where Ulysses ranks do not divide the heads of a tensor rank."""
     heads = config.num_attention_heads // config.tensor_model_parallel_size
     kv_replication(heads, 1, options.ulysses)
-
-
-def _spec(spec: Any, ring: MegatronRing, config: TransformerConfig, vp_stage: int | None) -> Any:
-    """A spec with the ring, and with norms for tensor-sequence parallelism."""
-    layer = isinstance(spec, ModuleSpec) and issubclass(
-        spec.module, transformer_block.BaseTransformerLayer
-    )
-    if layer:
-        # Megatron makes this list itself, with the norm behind the last layer.
-        spec = transformer_block._get_block_submodules(config, spec, vp_stage)
-    return with_tensor_sequence_norms(ring_spec(spec, ring)[0])
 
 
 def _warn_of_loss(config: TransformerConfig, ring: MegatronRing) -> None:

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from megatron.core.extensions import transformer_engine
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_sp.integrations.megatron.core_attention import RingCoreAttention
 from ring_sp.integrations.megatron.norm import TensorSequenceNorm
@@ -49,6 +51,17 @@ def ring_spec(spec: Spec, ring: MegatronRing) -> tuple[Spec, int]:
         return core if name == "core_attention" and module in known else None
 
     return _replace(spec, swap)
+
+
+def block_spec(spec: Any, config: TransformerConfig, vp_stage: int | None = None) -> Any:
+    """A spec with norms for tensor-sequence parallelism; of a layer, the block of such layers."""
+    layer = isinstance(spec, ModuleSpec) and issubclass(
+        spec.module, transformer_block.BaseTransformerLayer
+    )
+    if layer:
+        # Megatron makes this list itself, with the norm behind the last layer.
+        spec = transformer_block._get_block_submodules(config, spec, vp_stage)
+    return with_tensor_sequence_norms(spec)
 
 
 def with_tensor_sequence_norms(spec: Spec) -> Spec:

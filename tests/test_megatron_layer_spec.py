@@ -1,0 +1,90 @@
+"""The ring by Megatron's `--spec`, in what Megatron's own builder makes of it."""
+
+import typing
+from collections.abc import Callable
+from importlib.util import find_spec
+from unittest import mock
+
+import pytest
+import torch
+from conftest import World
+
+pytest.importorskip("megatron")
+if find_spec("megatron.training") is None:
+    pytest.skip("megatron-core has megatron.training from 0.17 on", allow_module_level=True)
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import import_module
+from megatron_gpt import MOE, MTP, SEQ_LEN, VOCAB, Case, batch, case, config, drawn, start
+from megatron_on_cpu import OnCpu
+from megatron_oracle import Result, distances, step, stock, tagged
+from ranks import raised
+from ringed import relative
+
+from ring_sp.integrations.megatron import MegatronRing
+
+LOCAL = {"transformer_impl": "local"}
+SPEC = ["ring_sp.integrations.megatron.layer_spec", "ring_layer_spec"]
+
+
+def built(given: Case) -> GPTModel:
+    """What Megatron's training loop builds for `--spec`."""
+    with mock.patch.object(typing, "override", lambda method: method, create=True):
+        # Its one use of what Python has from 3.12 on.
+        from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+    asked = GPTModelConfig(
+        transformer=config(given),
+        transformer_layer_spec=import_module(SPEC),
+        vocab_size=VOCAB,
+        seq_length=SEQ_LEN,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type=given.positions,
+    )
+    with OnCpu():
+        return GPTModelBuilder(asked).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def errors(given: Case, whole: Result) -> list[tuple[float, str]]:
+    """How far this rank's logits and the summed gradients are from those of one rank."""
+    start(given)
+    model = drawn(built(given).double(), given.tensor)
+    ring = MegatronRing.from_group(parallel_state.get_context_parallel_group())
+    place = ring.sequence(SEQ_LEN)
+    tokens, cotangent = (place.shard(x) for x in batch(given, 0))
+    counted = torch.ones(1, place.local_len, dtype=torch.bool)
+    with OnCpu():
+        logits, gradients = step(given, model, tokens, cotangent, place.positions(), counted, None)
+    column = parallel_state.get_tensor_model_parallel_rank()
+    expected = place.shard(whole[0]).chunk(given.tensor, -1)[column]
+    summed = distances(given, gradients, [whole], tagged(model))
+    return sorted([(relative(logits, expected), "logits"), *summed], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [
+        (1, case(config=LOCAL)),
+        (2, case(ring=2, config=LOCAL)),
+        (4, case(ring=4, config={**LOCAL, "qk_layernorm": True})),
+        (4, case(tensor=2, ring=2, config={**LOCAL, "sequence_parallel": True})),
+        (2, case(ring=2, config={**LOCAL, **MOE})),
+    ],
+    ids=str,
+)
+def test_a_model_by_spec_equals_stock_megatron_on_one_rank(
+    world: Callable[[int], World], size: int, given: Case
+) -> None:
+    (whole,) = world(1).run(stock, given, 0)
+    for worst, *_ in world(size).run(errors, given, whole):
+        assert worst[0] < 1e-11, worst
+
+
+def refused(given: Case) -> str:
+    start(given)
+    return raised(built, given)
+
+
+def test_layers_that_a_spec_does_not_reach_are_refused(world: Callable[[int], World]) -> None:
+    (said,) = world(1).run(refused, case(config={**LOCAL, **MTP}))
+    assert "--spec does not reach" in said and "--sequence-parallel-ring" in said
