@@ -28,14 +28,15 @@ def memory(job: Job, choice: Choice, told: Explanation) -> dict[str, float]:
     gathered = 0 if whole else 2 * WEIGHT * model.layer_weights / choice.tensor
     # Of a weight that is used first and last autograd holds the last one's gradient until the end.
     tied = WEIGHT * model.vocab * model.hidden / choice.tensor if model.tied else 0
+    beside = _travelling(model, choice) * tokens / choice.tensor + tied
     again = _again(model, choice)
     parts = (
         WEIGHT * own if whole else WEIGHT * own / shared + gathered,
         GRADIENT * own / (1 if whole else shared),
         STATES * own / shared,
         _kept(model, choice) * tokens / choice.tensor,
-        (attention_work(model) + again) * tokens / choice.tensor + tied,
-        _ff_work(model, choice, tokens) / choice.tensor + tied,
+        (attention_work(model) + again) * tokens / choice.tensor + beside,
+        _ff_work(model, choice, tokens) / choice.tensor + beside,
         _logits(model, choice, tokens),
         _buffers(told, choice),
     )
@@ -99,9 +100,16 @@ def _kept(model: ModelShape, choice: Choice) -> float:
     around = 4 * model.head_dim
     if choice.checkpoint == "none":
         return model.layers * layer_kept(model, choice.ff_chunk) + around
-    # Of what goes to the host one checkpoint's is on its way while the next one's is made.
-    count = min(2, model.layers / choice.every) if choice.offload else model.layers / choice.every
-    return count * checkpoint_bytes(model, choice) + around
+    count = model.layers / choice.every
+    return min(1 if choice.offload else count, count) * checkpoint_bytes(model, choice) + around
+
+
+def _travelling(model: ModelShape, choice: Choice) -> float:
+    """Bytes a token of the checkpoint that is on its way to or from the host while a layer works;
+    before the loss all have arrived.
+    """
+    others = min(1, model.layers / choice.every - 1) if choice.offload else 0
+    return others * checkpoint_bytes(model, choice)
 
 
 def _again(model: ModelShape, choice: Choice) -> int:
@@ -149,15 +157,17 @@ def _logits(model: ModelShape, choice: Choice, tokens: int) -> float:
     """Bytes of the loss beside what layers keep, in forward and backward: the last norm's input and
     result; logits in float32 and once more in bf16, as gradient or result of the product.
 
-    By chunks, `linear_cross_entropy` sums the gradient of the output's weights in float32, with a
-    product beside it, and keeps that of its input, which a float32 factor scales in backward.
+    By chunks, `linear_cross_entropy` sums the gradient of the output's weights in float32, with
+    products of some words beside it, and keeps that of its input, which a float32 factor scales in
+    backward.
     """
     words, hidden = model.vocab / choice.tensor, model.hidden
     if choice.loss_chunk is None:
         return (6 * words + 4 * hidden) * tokens
     chunk = min(choice.loss_chunk, tokens)
     sums = GRADIENT * words * hidden
-    forward = 4 * hidden * tokens + max(6 * words * chunk, 2 * words * chunk + sums)
+    product = min(sums, GRADIENT * LOGITS // 16)
+    forward = 4 * hidden * tokens + max(6 * words * chunk, 2 * words * chunk + product)
     backward = 2 * hidden * tokens + 8 * hidden * min(tokens, LOGITS // hidden)
     return sums + 2 * hidden * tokens + max(forward, backward)
 

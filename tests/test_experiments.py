@@ -79,9 +79,7 @@ def counted_peak(found: Estimate) -> int:
 @pytest.mark.parametrize("form", FORMS)
 def test_bytes_are_those_of_each_form_counted_at_full_size(form: str) -> None:
     found = expected("llama-1b:layers=4", 64 * K, **FORMS[form])
-    # Of what goes to the host all may have arrived when the loss begins.
-    near = 0.03 if found.choice.offload else 0.005
-    assert found.peak_bytes == pytest.approx(counted_peak(found), rel=near)
+    assert found.peak_bytes == pytest.approx(counted_peak(found), rel=0.005)
 
 
 @pytest.mark.parametrize("form", FORMS)
