@@ -12,7 +12,7 @@
 # Memory       12.4 GB of weights (1.03B x (2 bytes of bf16, 4 of gradient, 12 of Adam / 2 ranks)),
 #              39.7 GB of activations (1,210,112 bytes a token x 32,768), 6.6 GB of logits: 58.6 GB.
 # Work         6 x 0.97B x 65,536 + 12 x 20 layers x 16 heads x 128 x 2.148e+09 pairs = 1.4 PFLOP
-#              a sequence. Step 1.44 s, 45.6k tokens/s, MFU 0.51.
+#              a sequence. Step 1.48 s, 44.2k tokens/s, MFU 0.49.
 #              Measured, 2x H200: 1.46 s, 44.9k tokens/s, 0.50, peak 56.6 GB (RESULTS.md).
 # Messages     67.1 MB at 285 GB/s take 0.24 ms under 7.15 ms of attention.
 set -euo pipefail

@@ -13,7 +13,7 @@
 #              activations (1,446,400 bytes a token x 65,536 / 2; without --ring-ff-chunk 146), 26.3
 #              GB of logits: 100.8 GB of 141.
 # Work         6 x 7.50B x 1,048,576 + 12 x 32 layers x 32 heads x 128 x 5.498e+11 pairs = 47.2 +
-#              864.7 PFLOP a sequence. Step 56.34 s, 18.6k tokens/s, MFU 0.51.
+#              864.7 PFLOP a sequence. Step 56.31 s, 18.6k tokens/s, MFU 0.51.
 # Messages     134.2 MB at 285 GB/s take 0.47 ms under 28.02 ms of attention, between hosts
 #              134.2 MB at 45 GB/s take 2.98 ms under 112.07 ms of attention.
 set -euo pipefail

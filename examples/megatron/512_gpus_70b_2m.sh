@@ -13,8 +13,8 @@
 #              activations (2,642,432 bytes a token x 32,768 / 8), 4.2 GB of logits: 69.6 GB of 80.
 #              Layers are recomputed, but their attention is kept: half of the activations.
 # Work         6 x 69.50B x 2,097,152 + 12 x 80 layers x 64 heads x 128 x 2.199e+12 pairs = 874.5 +
-#              17,293.8 PFLOP a sequence. Step 76.45 s, 27.4k tokens/s, MFU 0.47; with
-#              --no-ring-keep-attention, a ring more, 95.90 s (--checkpoint full).
+#              17,293.8 PFLOP a sequence. Step 76.39 s, 27.5k tokens/s, MFU 0.47; with
+#              --no-ring-keep-attention, a ring more, 95.84 s (--checkpoint full).
 # Messages     16.8 MB at 45 GB/s take 0.37 ms under 3.80 ms of attention.
 set -euo pipefail
 CUDA_DEVICE_MAX_CONNECTIONS=1 exec torchrun --nnodes "$NODES" --node_rank "$NODE" \
