@@ -182,6 +182,25 @@ def test_what_chunks_cannot_do_is_refused_by_name(world: Callable[[int], World])
         assert message in said[name], (name, said[name])
 
 
+def stages() -> list[str]:
+    """What is said to a stage that has experts alone, of two models with dense layers in others and
+    two without.
+    """
+    said = []
+    for pattern in ([0, 1, 1], 2, [1, 1], 1):
+        model, _ = model_of(case(config=MOE))
+        there: Any = {"pipeline_model_parallel_size": 2, "moe_layer_freq": pattern}
+        with mock.patch.multiple(model.config, **there):
+            said.append(raised(use_blockwise, model, 8))
+    return said
+
+
+def test_a_stage_of_experts_follows_one_with_dense_layers(world: Callable[[int], World]) -> None:
+    (said,) = world(1).run(stages)
+    assert said[:2] == ["", ""]
+    assert all("is a mixture of experts" in message for message in said[2:])
+
+
 def by_the_flag(given: Case) -> list[bool]:
     """Which feed-forwards of an installed model go by chunks."""
     start(given)

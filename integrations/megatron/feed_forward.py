@@ -3,6 +3,7 @@
 from functools import partial
 from types import MethodType
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -39,7 +40,8 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
             )
         if "forward" in vars(module):
             raise ValueError(f"the forward of {name} was replaced already; call use_blockwise once")
-    if not dense and any(isinstance(module, MoELayer) for module in found.values()):
+    experts = any(isinstance(module, MoELayer) for module in found.values())
+    if experts and not dense and _experts_alone(model):
         raise NotImplementedError(
             "every feed-forward here is a mixture of experts, whose router looks at all tokens; "
             "leave --ring-ff-chunk out, and give Megatron --recompute-modules moe"
@@ -48,6 +50,16 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
     for module in dense.values():
         module.forward = MethodType(partial(_by_chunks, rows=-(-chunk // tensor)), module)
     return len(dense)
+
+
+def _experts_alone(model: MegatronModule) -> bool:
+    """Whether a model without a dense feed-forward in this stage has none in another either."""
+    if model.config.pipeline_model_parallel_size == 1:
+        return True
+    pattern = model.config.moe_layer_freq
+    experts = all(pattern) if isinstance(pattern, list) else pattern == 1
+    # Of other models a pattern of their own says it.
+    return isinstance(model, GPTModel) and experts
 
 
 def _by_chunks(
