@@ -147,6 +147,7 @@ def refusals() -> dict[str, str]:
         ("tp_comm_overlap", True),
         ("delay_wgrad_compute", True),
         ("mlp_chunks_for_training", 4),
+        ("cuda_graph_impl", "full_iteration"),
     ):
         with mock.patch.object(model.config, name, value, create=True):
             said[name] = raised(use_blockwise, model, 8)
@@ -170,6 +171,7 @@ def test_what_chunks_cannot_do_is_refused_by_name(world: Callable[[int], World])
         "tp_comm_overlap": "no tp_comm_overlap",
         "delay_wgrad_compute": "no delay_wgrad_compute",
         "mlp_chunks_for_training": "set it to 1",
+        "cuda_graph_impl": "no CUDA graph of them",
         "mlp": "no mlp in recompute_modules",
         "twice": "call use_blockwise once",
         "experts": "every feed-forward here is a mixture of experts",

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ring_sp import blockwise
+from ring_sp.integrations.megatron.graphs import form_of, modules
 
 
 def use_blockwise(model: MegatronModule, chunk: int) -> int:
@@ -87,6 +88,7 @@ def _by_chunks(
 
 
 def _refuse(config: TransformerConfig) -> None:
+    in_graph = form_of(config) not in ("none", "local") or "mlp" in modules(config)
     selective = config.recompute_granularity == "selective"
     unsupported = {
         "mlp in recompute_modules: chunks are computed again already": (
@@ -95,6 +97,8 @@ def _refuse(config: TransformerConfig) -> None:
         "mlp_chunks_for_training, which keeps what all its chunks need: set it to 1": (
             getattr(config, "mlp_chunks_for_training", 1) > 1
         ),
+        "CUDA graph of them, which was not tried: use cuda_graph_impl 'none', or 'local' with "
+        "cuda_graph_modules attn": in_graph,
         "fp8 or fp4": bool(config.fp8 or getattr(config, "fp4", None)),
         "tp_comm_overlap, whose buffers have the size of a whole sequence": config.tp_comm_overlap,
         "delay_wgrad_compute": getattr(config, "delay_wgrad_compute", False),
