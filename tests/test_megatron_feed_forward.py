@@ -147,6 +147,7 @@ def refusals() -> dict[str, str]:
         ("tp_comm_overlap", True),
         ("delay_wgrad_compute", True),
         ("mlp_chunks_for_training", 4),
+        ("cuda_graph_impl", "full_iteration"),
     ):
         with mock.patch.object(model.config, name, value, create=True):
             said[name] = raised(use_blockwise, model, 8)
@@ -170,6 +171,7 @@ def test_what_chunks_cannot_do_is_refused_by_name(world: Callable[[int], World])
         "tp_comm_overlap": "no tp_comm_overlap",
         "delay_wgrad_compute": "no delay_wgrad_compute",
         "mlp_chunks_for_training": "set it to 1",
+        "cuda_graph_impl": "no CUDA graph of them",
         "mlp": "no mlp in recompute_modules",
         "twice": "call use_blockwise once",
         "experts": "every feed-forward here is a mixture of experts",
@@ -180,6 +182,25 @@ def test_what_chunks_cannot_do_is_refused_by_name(world: Callable[[int], World])
     assert said.keys() == messages.keys()
     for name, message in messages.items():
         assert message in said[name], (name, said[name])
+
+
+def stages() -> list[str]:
+    """What is said to a stage that has experts alone, of two models with dense layers in others and
+    two without.
+    """
+    said = []
+    for pattern in ([0, 1, 1], 2, [1, 1], 1):
+        model, _ = model_of(case(config=MOE))
+        there: Any = {"pipeline_model_parallel_size": 2, "moe_layer_freq": pattern}
+        with mock.patch.multiple(model.config, **there):
+            said.append(raised(use_blockwise, model, 8))
+    return said
+
+
+def test_a_stage_of_experts_follows_one_with_dense_layers(world: Callable[[int], World]) -> None:
+    (said,) = world(1).run(stages)
+    assert said[:2] == ["", ""]
+    assert all("is a mixture of experts" in message for message in said[2:])
 
 
 def by_the_flag(given: Case) -> list[bool]:

@@ -1,8 +1,10 @@
 """The ring by Megatron's `--spec`, in what Megatron's own builder makes of it."""
 
 import typing
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,12 +17,15 @@ if find_spec("megatron.training") is None:
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.spec_utils import import_module
-from megatron_gpt import MOE, MTP, SEQ_LEN, VOCAB, Case, batch, case, config, drawn, start
+from megatron_gpt import LAYERS, MOE, MTP, SEQ_LEN, VOCAB, Case, batch, case, config, drawn, start
 from megatron_on_cpu import OnCpu
 from megatron_oracle import Result, distances, step, stock, tagged
 from ranks import raised
-from ringed import relative
+from ringed import relative, ring_passes
+from test_megatron_recomputation import forward, remembering
+from test_megatron_training import FULL, SELECTIVE
 
 from ring_sp.integrations.megatron import MegatronRing
 
@@ -88,3 +93,43 @@ def refused(given: Case) -> str:
 def test_layers_that_a_spec_does_not_reach_are_refused(world: Callable[[int], World]) -> None:
     (said,) = world(1).run(refused, case(config={**LOCAL, **MTP}))
     assert "--spec does not reach" in said and "--sequence-parallel-ring" in said
+
+
+def rounds_of_two_steps(given: Case) -> list[int]:
+    """How often two micro-batches go round the ring."""
+    start(given)
+    get_cuda_rng_tracker().reset()
+    model = drawn(built(given).double(), given.tensor)
+    ring = MegatronRing.from_group(parallel_state.get_context_parallel_group())
+    found = []
+    with remembering(), OnCpu():
+        for seed in (1, 2):
+            with ring_passes() as rounds:
+                forward(model, ring, seed).backward()
+            found.append(rounds.call_count)
+    return found
+
+
+@pytest.mark.parametrize("config", [FULL, SELECTIVE], ids=["full", "core_attn"])
+def test_attention_is_kept_but_for_the_very_first_call(
+    world: Callable[[int], World], config: dict[str, Any]
+) -> None:
+    for first, second in world(2).run(
+        rounds_of_two_steps, case(ring=2, config={**LOCAL, **config})
+    ):
+        assert (first, second) == (2 * LAYERS + 1, 2 * LAYERS)
+
+
+def warned(per_token: bool) -> list[str]:
+    given = case(ring=2, config={**LOCAL, "calculate_per_token_loss": per_token})
+    start(given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        built(given)
+    return [str(each.message) for each in caught if "per-token" in str(each.message)]
+
+
+def test_a_loss_that_is_not_that_of_one_rank_is_warned_of(world: Callable[[int], World]) -> None:
+    assert world(2).run(warned, True) == [[], []]
+    for (said,) in world(2).run(warned, False):
+        assert "not those of one rank" in said

@@ -43,15 +43,11 @@ def remembering() -> Iterator[None]:
 def model_of(given: Case, keep: bool = True) -> tuple[Any, MegatronRing]:
     start(given)
     get_cuda_rng_tracker().reset()
-    made = install(given.options)
+    made = install(replace(given.options, keep_attention=keep))
     try:
-        model, ring = built(given), made.built_ring()
+        return built(given), made.built_ring()
     finally:
         made.remove()
-    for core in model.modules():
-        if hasattr(core, "_keeps"):
-            core._keeps = core._keeps and keep
-    return model, ring
 
 
 def forward(model: Any, ring: MegatronRing, seed: int) -> Tensor:

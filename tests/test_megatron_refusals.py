@@ -44,7 +44,8 @@ def refused(**given: Any) -> str:
     ("given", "message"),
     [
         (WHOLE, ""),
-        ({"cuda_graph_impl": "local"}, ""),
+        ({"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]}, ""),
+        ({"cuda_graph_impl": "local"}, "no CUDA graphs of whole layers"),
         ({"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}, ""),
         (
             {"cuda_graph_impl": "transformer_engine"},

@@ -1,6 +1,9 @@
 """Never half on: whether every attention layer of a built model is the ring's."""
 
+import warnings
+
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ring_sp.integrations.megatron.core_attention import RingCoreAttention
 from ring_sp.integrations.megatron.ring import MegatronRing
@@ -31,6 +34,17 @@ def require_ring_everywhere(model: MegatronModule, ring: MegatronRing) -> int:
                 f"--ring-layout zigzag without --ring-ulysses"
             )
     return count
+
+
+def warn_of_loss(config: TransformerConfig, ring: MegatronRing) -> None:
+    """Warn where loss and gradients may not be those of one rank."""
+    if ring.topology.size > 1 and not config.calculate_per_token_loss:
+        warnings.warn(
+            "without --calculate-per-token-loss Megatron averages the means of the ring's ranks: "
+            "where loss masks differ between ranks, as with padding or SFT, loss and gradients are "
+            "not those of one rank",
+            stacklevel=3,
+        )
 
 
 def mixes_tokens(module: object) -> bool:

@@ -3,6 +3,7 @@
 from functools import partial
 from types import MethodType
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -11,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ring_sp import blockwise
+from ring_sp.integrations.megatron.graphs import form_of, modules
 
 
 def use_blockwise(model: MegatronModule, chunk: int) -> int:
@@ -39,7 +41,8 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
             )
         if "forward" in vars(module):
             raise ValueError(f"the forward of {name} was replaced already; call use_blockwise once")
-    if not dense and any(isinstance(module, MoELayer) for module in found.values()):
+    experts = any(isinstance(module, MoELayer) for module in found.values())
+    if experts and not dense and _experts_alone(model):
         raise NotImplementedError(
             "every feed-forward here is a mixture of experts, whose router looks at all tokens; "
             "leave --ring-ff-chunk out, and give Megatron --recompute-modules moe"
@@ -48,6 +51,16 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
     for module in dense.values():
         module.forward = MethodType(partial(_by_chunks, rows=-(-chunk // tensor)), module)
     return len(dense)
+
+
+def _experts_alone(model: MegatronModule) -> bool:
+    """Whether a model without a dense feed-forward in this stage has none in another either."""
+    if model.config.pipeline_model_parallel_size == 1:
+        return True
+    pattern = model.config.moe_layer_freq
+    experts = all(pattern) if isinstance(pattern, list) else pattern == 1
+    # Of other models a pattern of their own says it.
+    return isinstance(model, GPTModel) and experts
 
 
 def _by_chunks(
@@ -75,6 +88,7 @@ def _by_chunks(
 
 
 def _refuse(config: TransformerConfig) -> None:
+    in_graph = form_of(config) not in ("none", "local") or "mlp" in modules(config)
     selective = config.recompute_granularity == "selective"
     unsupported = {
         "mlp in recompute_modules: chunks are computed again already": (
@@ -83,6 +97,8 @@ def _refuse(config: TransformerConfig) -> None:
         "mlp_chunks_for_training, which keeps what all its chunks need: set it to 1": (
             getattr(config, "mlp_chunks_for_training", 1) > 1
         ),
+        "CUDA graph of them, which was not tried: use cuda_graph_impl 'none', or 'local' with "
+        "cuda_graph_modules attn": in_graph,
         "fp8 or fp4": bool(config.fp8 or getattr(config, "fp4", None)),
         "tp_comm_overlap, whose buffers have the size of a whole sequence": config.tp_comm_overlap,
         "delay_wgrad_compute": getattr(config, "delay_wgrad_compute", False),

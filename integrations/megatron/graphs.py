@@ -17,9 +17,13 @@ def form_of(config: TransformerConfig) -> str:
     scope.
     """
     impl: str = getattr(config, "cuda_graph_impl", None) or "none"
-    scopes = getattr(config, "cuda_graph_scope", None) or []
-    whole = any(getattr(scope, "name", scope) == "full_iteration" for scope in scopes)
-    return "full_iteration" if impl == "local" and whole else impl
+    return "full_iteration" if impl == "local" and "full_iteration" in modules(config) else impl
+
+
+def modules(config: TransformerConfig) -> set[str]:
+    """The parts of a layer that have a graph of their own; none where all of it is one."""
+    named = (getattr(config, name, None) for name in ("cuda_graph_modules", "cuda_graph_scope"))
+    return {getattr(part, "name", part) for parts in named for part in parts or ()}
 
 
 def unsupported(config: TransformerConfig) -> dict[str, bool]:
@@ -29,6 +33,8 @@ def unsupported(config: TransformerConfig) -> dict[str, bool]:
         f"CUDA graphs of the form {form}; use cuda_graph_impl 'none'": (
             form not in ("none", *PROVEN)
         ),
+        "CUDA graphs of whole layers, which were not tried; give cuda_graph_modules attn (in "
+        "Megatron-core 0.16 cuda_graph_scope)": form == "local" and not modules(config),
         "attention dropout in a CUDA graph, which would drop the same weights in every step": (
             form != "none" and config.attention_dropout > 0
         ),

@@ -7,7 +7,6 @@ that replaces names of Megatron; only `install` does it, and `Installation.remov
 
 import atexit
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from importlib import import_module
@@ -22,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
 from ring_sp.integrations.megatron.batch import SplitBatch, SplitPackedBatch
+from ring_sp.integrations.megatron.check import warn_of_loss
 from ring_sp.integrations.megatron.feed_forward import use_blockwise
 from ring_sp.integrations.megatron.found import look
 from ring_sp.integrations.megatron.graphs import drop_graphs
@@ -128,7 +128,7 @@ def _with_ring(build: Callable[..., None], made: Installation) -> Callable[..., 
         use_ring_positions(model, ring)
         if made.options.ff_chunk is not None:
             use_blockwise(model, made.options.ff_chunk)
-        _warn_of_loss(given["config"], ring)
+        warn_of_loss(given["config"], ring)
 
     build_with_ring.ring_sp = True  # type: ignore[attr-defined]
     return build_with_ring
@@ -138,16 +138,6 @@ def _refuse_heads(config: TransformerConfig, options: RingOptions) -> None:
     """Raise ValueError where Ulysses ranks do not divide the heads of a tensor rank."""
     heads = config.num_attention_heads // config.tensor_model_parallel_size
     kv_replication(heads, 1, options.ulysses)
-
-
-def _warn_of_loss(config: TransformerConfig, ring: MegatronRing) -> None:
-    if ring.topology.size > 1 and not config.calculate_per_token_loss:
-        warnings.warn(
-            "without --calculate-per-token-loss Megatron averages the means of the ring's ranks: "
-            "where loss masks differ between ranks, as with padding or SFT, loss and gradients are "
-            "not those of one rank",
-            stacklevel=3,
-        )
 
 
 def _refusing(kind: type) -> Callable[..., None]:

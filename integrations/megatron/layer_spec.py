@@ -2,7 +2,8 @@
 
     --context-parallel-size N --spec ring_sp.integrations.megatron.layer_spec ring_layer_spec
 
-Megatron splits batches and turns positions itself, so the layout is its own, zigzag.
+Megatron splits batches and turns positions itself, so the layout is its own, zigzag. The ring takes
+no mask tensors: Megatron-LM's pretrain_gpt.py wants --no-create-attention-mask-in-dataloader too.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from ring_sp.integrations.megatron.check import warn_of_loss
 from ring_sp.integrations.megatron.ring import MegatronRing
 from ring_sp.integrations.megatron.spec import block_spec, with_ring_attention
 
@@ -35,5 +37,6 @@ def ring_layer_spec(
             "--sequence-parallel-ring in place of --spec"
         )
     ring = MegatronRing.from_group(parallel_state.get_context_parallel_group())
+    warn_of_loss(config.transformer, ring)
     layers = with_ring_attention(default_layer_spec(config, vp_stage), ring)
     return block_spec(layers, config.transformer, vp_stage)

@@ -51,7 +51,9 @@ class KeptInCheckpoints:
         return sum(call.found is not None for call in self._calls.values())
 
     def begin(self) -> None:
-        """Before the first checkpoint of a model's forward: see to it that there is a ticket."""
+        """Before the first checkpoint of a model's forward: see to it that there is a ticket. Where
+        nothing calls this, the first call of all goes without.
+        """
         self._forget()
         if _ticket() is None:
             _issue(_new_ticket())
@@ -62,12 +64,13 @@ class KeptInCheckpoints:
         """
         self._forget()
         ticket = _ticket()
-        call = None if ticket is None else self._calls.get(id(ticket))
+        if ticket is None:
+            _issue(_new_ticket())
+            return attend()
+        call = self._calls.get(id(ticket))
         if call is None:
             # A call that keeps its graph is not recomputed from here.
-            if ticket is None or torch.is_grad_enabled():
-                return attend()
-            return self._record(ticket, attend, places)
+            return attend() if torch.is_grad_enabled() else self._record(ticket, attend, places)
         found, recomputing = call.found, torch._C._current_graph_task_id() != -1
         if torch.is_grad_enabled() or not recomputing:
             # It serves now; or the random numbers were put back for another forward, and a ticket
