@@ -95,7 +95,8 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, x.shape[0], chunk):
             at = slice(start, start + chunk)
             found, dlogits = _chunk(x[at], weight, labels[at], options)
-            total += found
+            # Compiled by torch 2.11, a result that is added to in place has gradients of zero.
+            total = total + found
             if dx is not None:
                 dtype = wide if options.vocab_group else x.dtype
                 dx[at] = _summed(_product(dlogits, weight, dtype), options.vocab_group)

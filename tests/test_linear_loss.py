@@ -201,6 +201,18 @@ def test_gradients_are_given_once() -> None:
         torch.autograd.grad(loss, x)
 
 
+def test_compiled_it_gives_the_same() -> None:
+    torch._dynamo.reset()
+    x, weight, labels = drawn(torch.float32)
+    options = LinearLoss(chunk=5)
+    losses = [
+        loss(x, weight, labels, options=options)
+        for loss in (torch.compile(linear_cross_entropy, backend="eager"), linear_cross_entropy)
+    ]
+    found, wanted = (torch.autograd.grad(loss, (x, weight)) for loss in losses)
+    assert max(map(relative, [losses[0], *found], [losses[1], *wanted])) < 1e-6
+
+
 def test_takes_a_token_alone() -> None:
     x, weight, labels = drawn()
     alone = linear_cross_entropy(x[1, 3], weight, labels[1, 3])
