@@ -201,9 +201,10 @@ def test_gradients_are_given_once() -> None:
         torch.autograd.grad(loss, x)
 
 
-def test_compiled_it_gives_the_same() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_it_gives_the_same(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    x, weight, labels = drawn(torch.float32)
+    x, weight, labels = drawn(dtype)
     options = LinearLoss(chunk=5)
     losses = [
         loss(x, weight, labels, options=options)
