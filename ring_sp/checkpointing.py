@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import checkpoint as torch_checkpoint
 
 from ring_sp.kept import Hold, Kept, current, hold
@@ -68,7 +69,8 @@ def attention_kept(hold: Hold = hold) -> tuple[Any, Any]:
     """For `context_fn` of torch.utils.checkpoint without reentrance, and of hosts that hand it on:
     a checkpoint runs again all but the calls of `ring_attention` in it, whose (out, lse) are kept.
     """
-    if torch.compiler.is_compiling():
+    # Before torch 2.13 `is_compiling` does not last until the compiler asks for this.
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         kept_operators = [torch.ops.ring_sp.attention.default]
         return torch_checkpoint.create_selective_checkpoint_contexts(kept_operators)
     kept = Kept(hold)

@@ -20,7 +20,8 @@ class LinearLoss:
     """What else a loss has. `softcap` c makes c * tanh(logits / c) of logits; `z_loss` adds that
     many times lse^2 to each token's loss (arXiv:2204.02311 section 5); over `vocab_group` the
     vocabulary is split, in equal parts in the order of its ranks; `chunk` is in tokens, by default
-    as many as keep `LOGITS`. Raises ValueError for numbers that make no sense.
+    as many as keep `LOGITS`, on which a `vocab_group` agrees, and the host waits for it. Raises
+    ValueError for numbers that make no sense.
     """
 
     softcap: float | None = None
@@ -61,10 +62,11 @@ def linear_cross_entropy(
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
         x, weight = (each.to(torch.get_autocast_dtype(kind)) for each in (x, weight))
-    if labels.shape != x.shape[:-1] or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    matrix = weight.dim() == 2 and weight.numel() > 0
+    if labels.shape != x.shape[:-1] or not matrix or weight.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"x [..., E], weight [V, E] and labels [...] must fit; got {tuple(x.shape)}, "
-            f"{tuple(weight.shape)} and {tuple(labels.shape)}"
+            f"x [..., E], weight [V, E], not empty, and labels [...] must fit; got "
+            f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
         )
     if labels.dtype != torch.int64 or x.dtype != weight.dtype:
         raise ValueError(
@@ -89,11 +91,12 @@ class _LinearLoss(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=wide)
-        chunk = options.chunk or max(1, LOGITS // weight.shape[0])
+        chunk = options.chunk or _chunk_len(weight, options.vocab_group)
         for start in range(0, x.shape[0], chunk):
             at = slice(start, start + chunk)
             found, dlogits = _chunk(x[at], weight, labels[at], options)
-            total += found
+            # Compiled by torch 2.11, a result that is added to in place has gradients of zero.
+            total = total + found
             if dx is not None:
                 dtype = wide if options.vocab_group else x.dtype
                 dx[at] = _summed(_product(dlogits, weight, dtype), options.vocab_group)
@@ -117,6 +120,18 @@ class _LinearLoss(torch.autograd.Function):
         if dweight is not None:
             dweight = dweight.mul_(grads[0]).to(ctx.dtype)
         return dx, dweight, None, None
+
+
+def _chunk_len(weight: Tensor, group: dist.ProcessGroup | None) -> int:
+    """Tokens of `LOGITS`, as many on each rank: those with more words would wait for messages that
+    nobody sends, before they could give NaN.
+    """
+    words = weight.shape[0]
+    if group is not None:
+        most = torch.tensor(words, device=weight.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group)
+        words = int(most)
+    return max(1, LOGITS // words)
 
 
 def _chunk(x: Tensor, weight: Tensor, labels: Tensor, options: LinearLoss) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,8 @@ class _Mean(torch.autograd.Function):
         ctx: Any, total: Tensor, whole: Tensor, count: Tensor, averaged_over: int
     ) -> Tensor:
         ctx.count, ctx.averaged_over = count, averaged_over
-        return (whole / count).to(total.dtype)
+        # A copy: compiled by torch 2.11, what `to` returns as it came has gradients of zero.
+        return (whole / count).to(total.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

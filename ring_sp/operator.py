@@ -43,8 +43,10 @@ def operate(
     if not typed(q, k, v, sequence, keys, sinks, options):
         # What torch's operators would not even take; nothing comes back from here.
         fitting_kernel(q, k, v, sequence, keys, sinks, options, trained)
-    store = None if torch.compiler.is_compiling() else current()
-    call = sequence.number, keys.number, q.shape, k.shape, v.shape, q.dtype, options
+    store, call = None if torch.compiler.is_compiling() else current(), None
+    if store:
+        # By what they say: the stretch may make its sequences itself, others each time.
+        call = sequence.place, keys.place, q.shape, k.shape, v.shape, q.dtype, options
     known = store and store.take(call)
     place = sequence.number, keys.number, sequence.topology.ulysses.size
     asked = q, k, v, sinks, *place, *options, trained

@@ -12,6 +12,8 @@ from ranks import groups, raised, sequence
 from ringed import relative, ring_passes
 from test_operator import SPREAD, Sizes, model, tensors
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ring_sp import (
@@ -153,6 +155,19 @@ def kept_by_torch(compiled: bool) -> tuple[int, float]:
         found = [torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2)]
     assert all(map(torch.equal, *found))
     return ring.call_count, max(relative(a, b) for a, b in zip(found[0], wanted, strict=True))
+
+
+def test_who_traces_gets_a_policy_even_if_torch_says_that_nothing_is_compiled() -> None:
+    """As torch before 2.13 does when it asks."""
+    asked: list[Any] = []
+
+    def traced(x: Tensor) -> Tensor:
+        asked.extend(attention_kept())
+        return x.clone()
+
+    assert not torch.compiler.is_compiling()
+    make_fx(traced)(torch.zeros(1))
+    assert len(asked) == 2 and all(isinstance(each, TorchDispatchMode) for each in asked)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,18 @@ def test_another_call_than_the_first_is_refused() -> None:
             ring_attention(x, x, x, seq)
 
 
+def test_a_stretch_may_make_its_sequence_anew() -> None:
+    inputs = tensors(sequence({}, 8))
+
+    def stretch(*inputs: Tensor) -> Tensor:
+        return model(ShardedSequence(8), *inputs)
+
+    run = twice(Kept(), stretch)
+    found = torch.autograd.grad(checkpoint(run, *inputs, use_reentrant=False), inputs)
+    wanted = torch.autograd.grad(stretch(*inputs), inputs)
+    assert max(map(relative, found, wanted)) < 1e-14
+
+
 def test_it_ends_with_the_stretch() -> None:
     x, seq, kept = torch.randn(1, 8, 2, 4), ShardedSequence(8), Kept()
     with kept.recording():

@@ -169,19 +169,21 @@ def test_ranks_share_vocabulary_and_tokens(world, tensor: int) -> None:  # type:
     assert max(ranks.run(over_ranks, tensor)) < 1e-13
 
 
-def split_in_two(first: int) -> bool:
+def split_in_two(first: int, logits: int) -> bool:
     """Whether there is a loss where the first of two ranks has so many words."""
     manager = groups(tensor=2)
     x, weight, labels = drawn()
     labels %= 5  # Words of the first rank: no label is missed.
     own = weight[:first] if manager.rank("tensor") == 0 else weight[first:]
     split = LinearLoss(vocab_group=manager.group("tensor"))
-    return bool(linear_cross_entropy(x, own, labels, options=split).isfinite())
+    with mock.patch.object(linear_loss, "LOGITS", logits):
+        return bool(linear_cross_entropy(x, own, labels, options=split).isfinite())
 
 
-def test_a_vocabulary_in_unequal_parts_gives_nan(world) -> None:  # type: ignore[no-untyped-def]
-    assert world(2).run(split_in_two, WORDS // 2) == [True, True]
-    assert world(2).run(split_in_two, WORDS // 2 + 1) == [False, False]
+@pytest.mark.parametrize("logits", [linear_loss.LOGITS, WORDS], ids=["whole", "chunks"])
+def test_a_vocabulary_in_unequal_parts_gives_nan(world, logits: int) -> None:  # type: ignore[no-untyped-def]
+    assert world(2).run(split_in_two, WORDS // 2, logits) == [True, True]
+    assert world(2).run(split_in_two, WORDS // 2 + 1, logits) == [False, False]
 
 
 def test_a_label_that_is_no_word_gives_nan() -> None:
@@ -197,6 +199,19 @@ def test_gradients_are_given_once() -> None:
     torch.autograd.grad(loss, x, retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         torch.autograd.grad(loss, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_it_gives_the_same(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    x, weight, labels = drawn(dtype)
+    options = LinearLoss(chunk=5)
+    losses = [
+        loss(x, weight, labels, options=options)
+        for loss in (torch.compile(linear_cross_entropy, backend="eager"), linear_cross_entropy)
+    ]
+    found, wanted = (torch.autograd.grad(loss, (x, weight)) for loss in losses)
+    assert max(map(relative, [losses[0], *found], [losses[1], *wanted])) < 1e-6
 
 
 def test_takes_a_token_alone() -> None:
@@ -216,6 +231,7 @@ def test_refuses_what_does_not_fit() -> None:
     for bad, need in [
         ((x, weight, labels[:, 1:]), "(2, 17, 6), (12, 6) and (2, 16)"),
         ((x, weight[:, 1:], labels), "(12, 5)"),
+        ((x, weight[:0], labels), "(0, 6)"),
         ((x, weight, labels.int()), "got torch.int32"),
         ((x.float(), weight, labels), "torch.float32 and torch.float64"),
     ]:
