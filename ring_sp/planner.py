@@ -166,7 +166,8 @@ def _advice(best: Estimate, found: list[Estimate]) -> Iterator[str]:
     if choice.stations == 1 and choice.ulysses > 1:
         yield "no ring: heads suffice for Ulysses, whose all-to-alls cost less than visits here"
     elif choice.stations > 1 and traded:
-        yield f"a ring: Ulysses without one {_beside(best_of(traded), best)}"
+        beside = _beside(best_of(traded), best)
+        yield f"a ring: Ulysses without one {beside}; what is as good as the fastest is simplest"
     elif choice.stations > 1:
         yield f"a ring: {job.model.heads} heads are too few for Ulysses alone, or a host too small"
 
