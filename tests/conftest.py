@@ -1,12 +1,12 @@
 """Ranks for the tests: processes that speak gloo, spawned once a module for each world size."""
 
+import faulthandler
 import multiprocessing
 import pickle
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
@@ -19,6 +19,8 @@ class World:
     """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
+        import torch.distributed as dist
+
         # A fork of a process that has touched CUDA cannot use it.
         context: SpawnContext | ForkServerContext = (
             multiprocessing.get_context("spawn")
@@ -31,16 +33,15 @@ class World:
         modules.add("ring_sp.integrations.deepspeed")
         hosts = ["ring_sp.integrations.megatron.installation", *(modules & sys.modules.keys())]
         context.set_forkserver_preload(hosts)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Where the ranks meet: here, as a port that is free now may not be once a rank listens.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._ranks = []
         self.closed = False
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(backend, rank, size, port, theirs), daemon=True
+                target=_serve, args=(backend, rank, size, self._store.port, theirs), daemon=True
             )
             process.start()
             self._pipes.append(ours)
@@ -56,9 +57,11 @@ class World:
         results: list[Any] = []
         errors: list[str] = []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
+            if pipe not in wait([pipe, *(process.sentinel for process in self._ranks)], timeout):
+                codes = [process.exitcode for process in self._ranks]
                 self.close()
-                pytest.fail(f"rank {rank} gave no answer in {timeout} s" + "".join(errors))
+                said = f"rank {rank} gave no answer in {timeout} s, or one died; exit codes {codes}"
+                pytest.fail(said + "".join(errors))
             result, error = pipe.recv()
             results.append(result)
             if error:
@@ -79,13 +82,13 @@ def _serve(backend: str, rank: int, size: int, port: int, pipe: Connection) -> N
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     if backend != "gloo":
         torch.cuda.set_device(rank)
         torch.set_default_device(f"cuda:{rank}")
-    dist.init_process_group(
-        backend or None, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
-    )
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(backend or None, store=store, rank=rank, world_size=size)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
