@@ -174,7 +174,7 @@ def test_what_chunks_cannot_do_is_refused_by_name(world: Callable[[int], World])
         "cuda_graph_impl": "no CUDA graph of them",
         "mlp": "no mlp in recompute_modules",
         "twice": "call use_blockwise once",
-        "experts": "every feed-forward here is a mixture of experts",
+        "experts": "no layer has a dense feed-forward",
         "another": "decoder.layers.1.mlp is a TEFusedMLP",
         "fsdp": "give --no-gradient-accumulation-fusion",
     }
@@ -185,13 +185,17 @@ def test_what_chunks_cannot_do_is_refused_by_name(world: Callable[[int], World])
 
 
 def stages() -> list[str]:
-    """What is said to a stage that has experts alone, of two models with dense layers in others and
-    two without.
+    """What is said to a stage that has experts alone, of three models with dense layers in others
+    and three without.
     """
     said = []
-    for pattern in ([0, 1, 1], 2, [1, 1], 1):
+    for pattern in ([0, 1, 1], 2, "*E|*-", [1, 1], 1, "*E|*E"):
         model, _ = model_of(case(config=MOE))
-        there: Any = {"pipeline_model_parallel_size": 2, "moe_layer_freq": pattern}
+        there: Any = {"pipeline_model_parallel_size": 2}
+        if isinstance(pattern, str):
+            model.hybrid_layer_pattern = pattern
+        else:
+            there["moe_layer_freq"] = pattern
         with mock.patch.multiple(model.config, **there):
             said.append(raised(use_blockwise, model, 8))
     return said
@@ -199,8 +203,8 @@ def stages() -> list[str]:
 
 def test_a_stage_of_experts_follows_one_with_dense_layers(world: Callable[[int], World]) -> None:
     (said,) = world(1).run(stages)
-    assert said[:2] == ["", ""]
-    assert all("is a mixture of experts" in message for message in said[2:])
+    assert said[:3] == [""] * 3
+    assert all("no layer has a dense feed-forward" in message for message in said[3:])
 
 
 def by_the_flag(given: Case) -> list[bool]:

@@ -3,7 +3,6 @@
 from functools import partial
 from types import MethodType
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -25,8 +24,8 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
     are summed over the chunks where Megatron sums them over micro-batches, in float32, or without
     gradient_accumulation_fusion in the dtype of the weights, as `ring_sp.blockwise` says. Mixtures
     of experts are left as they are. Raises ValueError for a chunk below 1 and a second call, and
-    NotImplementedError for what Megatron does to whole feed-forwards, and where there are experts
-    alone.
+    NotImplementedError for what Megatron does to whole feed-forwards, and where no stage has a
+    dense one.
     """
     if chunk < 1:
         raise ValueError(f"chunk is a number of tokens, at least 1; got {chunk}")
@@ -41,11 +40,10 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
             )
         if "forward" in vars(module):
             raise ValueError(f"the forward of {name} was replaced already; call use_blockwise once")
-    experts = any(isinstance(module, MoELayer) for module in found.values())
-    if experts and not dense and _experts_alone(model):
+    if not dense and not _dense_elsewhere(model):
         raise NotImplementedError(
-            "every feed-forward here is a mixture of experts, whose router looks at all tokens; "
-            "leave --ring-ff-chunk out, and give Megatron --recompute-modules moe"
+            "no layer has a dense feed-forward; leave --ring-ff-chunk out. Experts, whose router "
+            "looks at all tokens, are computed again by Megatron's --recompute-modules moe"
         )
     tensor = config.tensor_model_parallel_size if config.sequence_parallel else 1
     for module in dense.values():
@@ -53,14 +51,16 @@ def use_blockwise(model: MegatronModule, chunk: int) -> int:
     return len(dense)
 
 
-def _experts_alone(model: MegatronModule) -> bool:
-    """Whether a model without a dense feed-forward in this stage has none in another either."""
-    if model.config.pipeline_model_parallel_size == 1:
-        return True
-    pattern = model.config.moe_layer_freq
-    experts = all(pattern) if isinstance(pattern, list) else pattern == 1
-    # Of other models a pattern of their own says it.
-    return isinstance(model, GPTModel) and experts
+def _dense_elsewhere(model: MegatronModule) -> bool:
+    """Whether a model without a dense feed-forward in this stage has one in another."""
+    config = model.config
+    if config.pipeline_model_parallel_size == 1:
+        return False
+    if (layers := getattr(model, "hybrid_layer_pattern", None)) is not None:
+        return "-" in layers
+    every = config.moe_layer_freq
+    experts = all(every) if isinstance(every, list) else every == 1
+    return config.num_moe_experts is None or not experts
 
 
 def _by_chunks(
