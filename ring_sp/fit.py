@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from math import inf, isfinite
 from typing import NamedTuple, cast
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
@@ -68,6 +68,32 @@ def fitting_kernel(
             sequence.served.clear()
         sequence.served[call] = kernel, terms
     return cast(Kernel, kernel)
+
+
+def typed(
+    q: object,
+    k: object,
+    v: object,
+    sequence: object,
+    keys: object,
+    sinks: object,
+    options: Options,
+) -> bool:
+    """Whether the arguments have the types of torch's operators, and their tensors one device: with
+    one on "meta" an operator would be asked for nothing but shapes.
+    """
+    return (
+        all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v))
+        and len({x.device for x in (q, k, v, sinks) if isinstance(x, Tensor)}) == 1
+        and all(isinstance(x, ShardedSequence) for x in (sequence, keys))
+        and (sinks is None or isinstance(sinks, Tensor))
+        and all(isinstance(x, int | float | None) for x in (options.scale, options.softcap))
+        and isinstance(options.dropout_p, int | float)
+        and isinstance(options.dropout_seed, int | SymInt | None)
+        and (options.dropout_seed is None or abs(options.dropout_seed) < 1 << 63)
+        and isinstance(options.kernel, str)
+        and isinstance(options.return_lse, bool)
+    )
 
 
 def agree_on_scores(

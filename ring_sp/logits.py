@@ -5,10 +5,10 @@ section 2.1).
 import torch
 from torch import Tensor
 
-from ring_sp.fit import Options, agree_on_scores
+from ring_sp.fit import Options, agree_on_scores, typed
 from ring_sp.kernels import row_max
 from ring_sp.kernels.contract import Step, accumulation_dtype
-from ring_sp.operator import dense, rows_first, typed
+from ring_sp.operator import dense, rows_first
 from ring_sp.plan import Plan
 from ring_sp.ring import Message
 from ring_sp.sequence import ShardedSequence, numbered

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ring_sp.fit import Options, fitting_kernel, kernel_for
+from ring_sp.fit import Options, fitting_kernel, kernel_for, typed
 from ring_sp.kept import Result, current
 from ring_sp.kernels import Kernel
 from ring_sp.kernels.contract import Rows, accumulation_dtype
@@ -55,29 +55,6 @@ def operate(
     if store:
         store.put(call, (out.detach(), lse.detach()))
     return out, lse
-
-
-def typed(
-    q: object,
-    k: object,
-    v: object,
-    sequence: object,
-    keys: object,
-    sinks: object,
-    options: Options,
-) -> bool:
-    """Whether the arguments have the types of torch's operators."""
-    return (
-        all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v))
-        and all(isinstance(x, ShardedSequence) for x in (sequence, keys))
-        and (sinks is None or isinstance(sinks, Tensor))
-        and all(isinstance(x, int | float | None) for x in (options.scale, options.softcap))
-        and isinstance(options.dropout_p, int | float)
-        and isinstance(options.dropout_seed, int | torch.SymInt | None)
-        and (options.dropout_seed is None or abs(options.dropout_seed) < 1 << 63)
-        and isinstance(options.kernel, str)
-        and isinstance(options.return_lse, bool)
-    )
 
 
 @torch.library.custom_op(

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import World
-from ranks import sequence
+from ranks import raised, sequence
 from ringed import relative, ring_passes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ring_sp import ShardedSequence, masks, ring_attention
+from ring_sp import ShardedSequence, masks, max_logits, ring_attention
 
 Sizes = dict[str, int]
 SPREAD: list[tuple[int, Sizes]] = [
@@ -126,3 +126,12 @@ def test_a_sequence_that_nobody_keeps_outlives_its_backward_only() -> None:
             *(x, x, x, None, number, number, 1),
             *(None, None, 0.0, None, "auto", False, False),
         )
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_one_tensor_on_meta_is_refused_and_not_answered_with_a_shape(odd: int) -> None:
+    given = [torch.randn(1, 8, 2, 4) for _ in range(3)] + [torch.zeros(2)]
+    given[odd] = given[odd].to("meta")
+    q, k, v, sinks = given
+    assert "on meta" in raised(ring_attention, q, k, v, ShardedSequence(8), sinks=sinks)
+    assert odd > 1 or "on meta" in raised(max_logits, q, k, ShardedSequence(8))
