@@ -98,7 +98,8 @@ def ring_attention(
     sequences, NotImplementedError for dropout over 2**31 positions or more: on every rank in the
     first call with these options over these sequences, later where it is seen. Shapes, dtypes and
     options that are new must be new on all ranks: a call that only some ranks change leaves the
-    others waiting until torch.distributed's timeout.
+    others waiting until torch.distributed's timeout. Raises NotImplementedError for tensors with a
+    forward-mode gradient.
     """
     keys = sequence if kv_sequence is None else kv_sequence
     options = Options(scale, softcap, dropout_p, dropout_seed, kernel, return_lse)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ring_sp.fit import Options, fitting_kernel, kernel_for, typed
 from ring_sp.kept import Result, current
@@ -43,7 +44,11 @@ def operate(
     if not typed(q, k, v, sequence, keys, sinks, options):
         # What torch's operators would not even take; nothing comes back from here.
         fitting_kernel(q, k, v, sequence, keys, sinks, options, trained)
-    store, call = None if torch.compiler.is_compiling() else current(), None
+    traced = torch.compiler.is_compiling()
+    if not traced and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        # torch drops the tangents of an operator that has no formula for them.
+        raise NotImplementedError("ring attention has no forward-mode derivative; use backward")
+    store, call = None if traced else current(), None
     if store:
         # By what they say: the stretch may make its sequences itself, others each time.
         call = sequence.place, keys.place, q.shape, k.shape, v.shape, q.dtype, options

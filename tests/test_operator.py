@@ -135,3 +135,15 @@ def test_one_tensor_on_meta_is_refused_and_not_answered_with_a_shape(odd: int) -
     q, k, v, sinks = given
     assert "on meta" in raised(ring_attention, q, k, v, ShardedSequence(8), sinks=sinks)
     assert odd > 1 or "on meta" in raised(max_logits, q, k, ShardedSequence(8))
+
+
+def test_a_forward_mode_derivative_is_refused_and_not_zero() -> None:
+    for odd in range(3):
+
+        def attend(x: Tensor, odd: int = odd) -> Tensor:
+            given = [x if at == odd else torch.randn(1, 8, 2, 4) for at in range(3)]
+            return ring_attention(given[0], given[1], given[2], ShardedSequence(8))
+
+        x = torch.randn(1, 8, 2, 4)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(attend, (x,), (x,))
