@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from math import inf, isfinite
 from typing import NamedTuple, cast
 
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, are_deterministic_algorithms_enabled
 
 from ring_sp.agreement import agree, agreed, refusal
 from ring_sp.kernels import Call, Kernel, select
@@ -50,7 +50,8 @@ def fitting_kernel(
     # A seed is new in each call: whether it is one is looked at in each, whether all ranks have the
     # same in the first.
     steady = ", ".join(f"{n}={x}" for n, x in options._asdict().items() if n != "dropout_seed")
-    asked = f"{steady}, gradients {trained}, sums in {sequence.topology.sums_dtype}"
+    asked = f"{steady}, gradients {trained}, deterministic {are_deterministic_algorithms_enabled()}"
+    asked += f", sums in {sequence.topology.sums_dtype}"
     asked += f", over {sequence.place}, keys of {keys.place}"
     call = *map(_seen, (q, k, v, sinks)), keys.topology, asked, _seeds(options.dropout_p, seed)
     kernel, terms = sequence.served.get(call, (None, ""))
@@ -117,8 +118,8 @@ def agree_on_scores(
 def kernel_for(
     q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool
 ) -> Kernel:
-    """The kernel for queries like `q`. Raises ValueError if none can serve them."""
-    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient))
+    """The kernel for gradients of queries like `q`. Raises ValueError if none can serve them."""
+    return select(options.kernel, _call(q, v_head_dim, plan, options, lse_gradient, True))
 
 
 def _seen(x: object) -> Hashable:
@@ -166,10 +167,12 @@ def fitting_call(
     kv_replication(heads, k.shape[2], sequence.topology.ulysses.size)
     lse_gradient = trained and (options.return_lse or sinks is not None)
     v_head_dim = (k if v is None else v).shape[3]
-    return _call(q, v_head_dim, sequence.plan(keys), options, lse_gradient)
+    return _call(q, v_head_dim, sequence.plan(keys), options, lse_gradient, trained)
 
 
-def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool) -> Call:
+def _call(
+    q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient: bool, trained: bool
+) -> Call:
     return Call(
         q.device.type,
         q.dtype,
@@ -181,6 +184,7 @@ def _call(q: Tensor, v_head_dim: int, plan: Plan, options: Options, lse_gradient
         num_regions=plan.num_regions,
         lse_gradient=lse_gradient,
         dropout=options.dropout_p > 0,
+        deterministic=trained and are_deterministic_algorithms_enabled(),
     )
 
 

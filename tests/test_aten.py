@@ -89,3 +89,10 @@ def test_the_calls_add_up_to_unsharded_attention_and_never_read_hidden_slots(how
 def test_a_refusal_says_why(name: str, change: dict[str, object], reason: str) -> None:
     call = Call(**{**vars(PLAIN), **change})
     assert reason in (KERNELS[name].refusal(call) or "")
+
+
+def test_deterministic_mode_is_for_flash_and_not_for_cudnn() -> None:
+    call, reason = replace(PLAIN, deterministic=True), "torch's deterministic mode is on"
+    assert reason in (KERNELS["cudnn"].refusal(call) or "")
+    assert reason not in (KERNELS["cudnn"].refusal(PLAIN) or "")
+    assert reason not in (KERNELS["flash"].refusal(call) or "")

@@ -12,7 +12,8 @@ from ringed import relative, ring_passes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ring_sp import ShardedSequence, masks, max_logits, ring_attention
+from ring_sp import ShardedSequence, explain, masks, max_logits, ring_attention
+from ring_sp.kernels import Call, reference
 
 Sizes = dict[str, int]
 SPREAD: list[tuple[int, Sizes]] = [
@@ -147,3 +148,25 @@ def test_a_forward_mode_derivative_is_refused_and_not_zero() -> None:
         x = torch.randn(1, 8, 2, 4)
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             torch.func.jvp(attend, (x,), (x,))
+
+
+def test_kernels_are_asked_again_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Call] = []
+    monkeypatch.setattr(reference, "refusal", asked.append)
+    x, seq = torch.randn(1, 8, 2, 4, requires_grad=True), ShardedSequence(8)
+    ring_attention(x, x, x, seq, kernel="reference").sum().backward()
+    plain, asked[:] = {call.deterministic for call in asked}, []
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = ring_attention(x, x, x, seq, kernel="reference")
+        forward, asked[:] = {call.deterministic for call in asked}, []
+        out.sum().backward()
+        backward, asked[:] = {call.deterministic for call in asked}, []
+        explain(x, x, x, seq, kernel="reference")
+        told, asked[:] = {call.deterministic for call in asked}, []
+        with torch.no_grad():
+            ring_attention(x, x, x, seq, kernel="reference")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (plain, forward, backward, told) == ({False}, {True}, {True}, {True})
+    assert {call.deterministic for call in asked} == {False}

@@ -30,7 +30,8 @@ class Call:
 
     `windowed` if the mask hides keys on the left of a diagonal, too far back or not far enough
     ahead; `num_regions` counts the mask's documents and other regions; `lse_gradient` if lse may
-    have a gradient.
+    have a gradient; `deterministic` if two runs must give the same gradients, as in torch's
+    deterministic mode.
     """
 
     device_type: str
@@ -43,6 +44,7 @@ class Call:
     num_regions: int = 1
     lse_gradient: bool = False
     dropout: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

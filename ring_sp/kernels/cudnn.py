@@ -12,6 +12,9 @@ NEEDS_OUT = True
 
 def refusal(call: Call) -> str | None:
     """See `contract.Kernel`."""
+    if call.deterministic:
+        # torch does not ask cuDNN for its deterministic backward, and never takes it in that mode.
+        return "its backward sums in any order, and torch's deterministic mode is on"
     available = torch.cuda.is_available() and torch.backends.cudnn.is_available()
     return aten.common_refusal(call) or aten.unavailable(call, 9, 128, available)
 
