@@ -93,6 +93,8 @@ def _results(
     kv = wire.join(k, v)
     if known is None:
         out, lse = attend(q, kv, wire, _setting(sequence, keys, chosen, Options(*options), q))
+        # Some kernels lay out as q is; the compiler was promised, and checks, that it is dense.
+        out = out.contiguous()
         whole = to_sequence(rows_first(lse), ulysses, lens)
         own = (out, lse) if peers == 1 else (to_sequence(out, ulysses, lens), _heads_first(whole))
     else:
@@ -164,7 +166,7 @@ def attention_backward(
     setting = _setting(sequence, keys, chosen, options, q)
     dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
     if peers == 1:
-        return dq, dkv
+        return dq.contiguous(), dkv
     dk, dv = (
         to_sequence(x, ulysses, keys.peer_lens).unflatten(2, (kv_heads, copies)).sum(3)
         for x in wire.split(dkv)
@@ -185,7 +187,7 @@ def _(
     number, kv_number, peers, kv_heads, *_ = asked
     batch, rows, heads, head_dim = q.shape
     if peers == 1:
-        return torch.empty_like(q), torch.empty_like(kv)
+        return q.new_empty(q.shape), torch.empty_like(kv)
     rows, key_rows = (numbered(int(each)).local_len for each in (number, kv_number))
     dims = head_dim + out.shape[3]
     return (

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,36 @@ def test_what_it_promises_the_compiler_is_what_it_gives(
     world: Callable[[int], World], size: int, sizes: Sizes
 ) -> None:
     world(size).run(checked, sizes)
+
+
+@pytest.mark.parametrize("like_q", [False, True])
+def test_results_lie_as_the_compiler_was_promised(
+    monkeypatch: pytest.MonkeyPatch, like_q: bool
+) -> None:
+    """Whichever way a kernel lays them out."""
+
+    def laid_out(found: Tensor, q: Tensor) -> Tensor:
+        return (torch.empty_like(q) if like_q else q.new_empty(q.shape)).copy_(found)
+
+    def forward(q: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attend(q, *given)
+        return laid_out(out, q), lse
+
+    def backward(q: Tensor, *given: Any) -> Tensor:
+        return laid_out(differentiate(q, *given), q)
+
+    attend, differentiate = reference.forward, reference.backward
+    monkeypatch.setattr(reference, "forward", forward)
+    monkeypatch.setattr(reference, "backward", backward)
+    seq, options = ShardedSequence(16), (None, None, 0.0, None, "auto", False)
+    q, k, v = (torch.randn(1, 2, 16, 4).transpose(1, 2).requires_grad_() for _ in range(3))
+    call = q, k, v, None, seq.number, seq.number, 1, *options, True
+    operators = torch.ops.ring_sp
+    faked = ("test_faketensor",)
+    torch.library.opcheck(operators.attention.default, call, test_utils=faked)
+    out, lse, kv, *_ = (x.detach() for x in operators.attention(*call))
+    back = torch.ones_like(out), None, q.detach(), kv, out, lse, seq.number, seq.number, 1, 2, False
+    torch.library.opcheck(operators.attention_backward.default, (*back, *options), test_utils=faked)
 
 
 def passes_of_a_checkpointed_layer(keep: bool) -> tuple[int, float]:
