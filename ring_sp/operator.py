@@ -267,8 +267,15 @@ def _setting(
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x`, dense in its last dimension, as kernels want it."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    """`x`, dense in its last dimension and, where its head dim allows it, with each head of each
+    token at a multiple of 16 bytes, as kernels want it.
+    """
+    size = x.element_size()
+    places = x.data_ptr(), *(size * stride for stride in x.stride()[:3])
+    aligned = x.shape[3] * size % 16 or not any(place % 16 for place in places)
+    if x.stride(3) == 1 and aligned:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def rows_first(lse: Tensor) -> Tensor:

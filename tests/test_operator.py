@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ring_sp import ShardedSequence, explain, masks, max_logits, ring_attention
 from ring_sp.kernels import Call, reference
+from ring_sp.kernels.contract import Rows
 
 Sizes = dict[str, int]
 SPREAD: list[tuple[int, Sizes]] = [
@@ -201,3 +203,51 @@ def test_kernels_are_asked_again_in_deterministic_mode(monkeypatch: pytest.Monke
         torch.use_deterministic_algorithms(False)
     assert (plain, forward, backward, told) == ({False}, {True}, {True}, {True})
     assert {call.deterministic for call in asked} == {False}
+
+
+def placed(x: Tensor, how: str) -> Tensor:
+    """A copy of `x` whose rows are cut from wider ones, or that starts late in its memory."""
+    if how == "wider":
+        whole = x.new_empty(*x.shape[:3], x.shape[3] + 4)
+        return whole[..., 4:].copy_(x)
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+def misplaced(kv_heads: int, how: str) -> bool:
+    """Whether a kernel sees a row at no multiple of 16 bytes, or the results are not those of
+    tensors as torch makes them.
+    """
+    seq, seen = sequence({"ring": 2}, 29), list[Tensor]()
+
+    def forward(*given: Any) -> tuple[Tensor, Tensor]:
+        seen.extend(given[:3])
+        return attend(*given)
+
+    def backward(q: Tensor, kv: tuple[Tensor, Tensor], rows: Rows, *given: Any) -> Tensor:
+        seen.extend([q, *kv, rows.dout])
+        return differentiate(q, kv, rows, *given)
+
+    def results(*given: Tensor) -> list[Tensor]:
+        q, k, v = (x.detach().requires_grad_() for x in given[:3])
+        out = ring_attention(q, k, v, seq, kernel="reference")
+        return [out, *torch.autograd.grad(out, (q, k, v), given[3])]
+
+    shapes = [(2, seq.local_len, heads, 16) for heads in (4, kv_heads, kv_heads, 4)]
+    whole = [torch.randn(*shape).bfloat16() for shape in shapes]
+    wanted, attend, differentiate = results(*whole), reference.forward, reference.backward
+    with (
+        mock.patch.object(reference, "forward", forward),
+        mock.patch.object(reference, "backward", backward),
+    ):
+        found = results(*(placed(x, how) for x in whole))
+    at = [place for x in seen for place in (x.data_ptr(), *(2 * n for n in x.stride()[:3]))]
+    return any(place % 16 for place in at) or not all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("how", ["wider", "late"])
+@pytest.mark.parametrize("kv_heads", [1, 4], ids=["keys travel", "queries travel"])
+def test_kernels_get_rows_at_multiples_of_16_bytes(
+    world: Callable[[int], World], kv_heads: int, how: str
+) -> None:
+    """Where libraries load as many at a time, whatever a caller has cut its tensors from."""
+    assert not any(world(2).run(misplaced, kv_heads, how))

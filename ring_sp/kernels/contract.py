@@ -82,7 +82,8 @@ class Rows:
 
 class Kernel(Protocol):
     """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] and dout [B, Sq, H, Dv] of one dtype,
-    dense in their last dimension; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
+    dense in their last dimension, and where D and Dv are multiples of 16 bytes all of their rows
+    start at such; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
     """
 
     __name__: str
