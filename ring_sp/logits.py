@@ -65,7 +65,8 @@ def operate(
         k = k.repeat_interleave(copies, 2)
     q, k = dense(to_heads(q, ulysses, lens)), to_heads(k, ulysses, keys.peer_lens)
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    rows = _row_max(q, k, sequence.plan(keys), factor)
+    with torch.cuda.device_of(q):
+        rows = _row_max(q, k, sequence.plan(keys), factor)
     # A row of this rank's has its heads at all peers.
     largest = to_sequence(rows_first(rows), ulysses, lens).amax((0, 1, 3))
     if softcap is None:

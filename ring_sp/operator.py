@@ -74,7 +74,8 @@ def attention(
     """(out, lse), and for the backward kv as it travels and, from Ulysses peers, (q, out, lse) as
     the ring sees them: all tokens of the peers, this peer's heads.
     """
-    return _results(None, q, k, v, sinks, *asked)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever tensors are.
+        return _results(None, q, k, v, sinks, *asked)
 
 
 def _results(
@@ -164,7 +165,8 @@ def attention_backward(
     wire = Wire(q.shape[0], kv_heads * copies // peers, q.shape[3], out.shape[3])
     chosen = kernel_for(q, out.shape[3], plan, options, lse_gradient)
     setting = _setting(sequence, keys, chosen, options, q)
-    dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
+    with torch.cuda.device_of(q):
+        dq, dkv = gradients(q, kv, wire, Rows(out, lse, dout, dlse), setting)
     if peers == 1:
         return dq.contiguous(), dkv
     dk, dv = (

@@ -133,3 +133,23 @@ def replayed(how: Sizes) -> float:
 @each_exchange
 def test_a_step_can_be_captured_in_a_graph(gpu_world: World, how: Sizes) -> None:
     assert max(gpu_world.run(replayed, how)) < 1e-2
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_gpu_that_is_not_the_current_one_gives_the_same(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    reason = KERNELS[name].refusal(Call("cuda", torch.bfloat16, 64, 64))
+    if reason:
+        pytest.skip(reason)
+    found, seq = [], ShardedSequence(300)
+    for device in range(2):
+        torch.manual_seed(0)
+        q, k, v, dout = (
+            torch.randn(1, 300, 4, 64).to(f"cuda:{device}", torch.bfloat16) for _ in range(4)
+        )
+        trained = [x.requires_grad_() for x in (q, k, v)]
+        out = ring_attention(q, k, v, seq, kernel=name)
+        found.append([x.cpu() for x in (out, *torch.autograd.grad(out, trained, dout))])
+    for here, there in zip(*found, strict=True):
+        assert relative(there, here) < 2e-2

@@ -1,7 +1,8 @@
 """Attention as one operator: to the compiler, and to activation checkpointing."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ring_sp import ShardedSequence, explain, masks, max_logits, ring_attention
-from ring_sp.kernels import Call, reference
+from ring_sp.kernels import Call, reference, row_max
 from ring_sp.kernels.contract import Rows
 
 Sizes = dict[str, int]
@@ -251,3 +252,31 @@ def test_kernels_get_rows_at_multiples_of_16_bytes(
 ) -> None:
     """Where libraries load as many at a time, whatever a caller has cut its tensors from."""
     assert not any(world(2).run(misplaced, kv_heads, how))
+
+
+def test_kernels_run_with_the_device_of_their_tensors_as_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton launches on the current device, wherever tensors are."""
+    current, seen = list[Tensor](), []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    def watched(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            seen.append(bool(current))
+            return stock(*given)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, name in ((reference, "forward"), (reference, "backward"), (row_max, "fold")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    x, seq = torch.randn(1, 8, 2, 4, requires_grad=True), ShardedSequence(8)
+    ring_attention(x, x, x, seq, kernel="reference").sum().backward()
+    max_logits(x, x, seq)
+    assert seen == [True] * 3
