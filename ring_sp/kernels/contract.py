@@ -83,7 +83,8 @@ class Rows:
 class Kernel(Protocol):
     """q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] and dout [B, Sq, H, Dv] of one dtype,
     dense in their last dimension, and where D and Dv are multiples of 16 bytes all of their rows
-    start at such; H is a multiple of Hkv and head h reads key head h // (H // Hkv).
+    start at such; H is a multiple of Hkv and head h reads key head h // (H // Hkv). A GPU they are
+    on is the current one.
     """
 
     __name__: str
@@ -115,6 +116,15 @@ class Kernel(Protocol):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table from the CPU, without waiting for what the device has to do, as the copy of pageable
+    memory would.
+    """
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 def empty_state(q: Tensor, v_head_dim: int) -> State:

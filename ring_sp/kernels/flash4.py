@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ring_sp.kernels.bands import Band, coalesce, waves
-from ring_sp.kernels.contract import Call, Rows, State, Step, accumulation_dtype
+from ring_sp.kernels.contract import Call, Rows, State, Step, accumulation_dtype, on_device
 from ring_sp.kernels.delta import delta
 from ring_sp.kernels.fold import fold, fold_gradient, settle, zero_sums
 from ring_sp.regions import Tile
@@ -129,16 +129,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, step: Step, state: State | None) ->
     parts = _parts(step, q)
     for number, part in enumerate(parts, 1):
         rows, cols, packed = part.rows, part.cols, part.packed
-        with torch.cuda.device_of(q):
-            out, lse, *_ = _library()[0](
-                rows.take(q, packed),
-                cols.take(k, packed),
-                cols.take(v, packed),
-                softmax_scale=step.scale,
-                softcap=step.softcap,
-                return_lse=True,
-                **part.options,
-            )
+        out, lse, *_ = _library()[0](
+            rows.take(q, packed),
+            cols.take(k, packed),
+            cols.take(v, packed),
+            softmax_scale=step.scale,
+            softcap=step.softcap,
+            return_lse=True,
+            **part.options,
+        )
         if packed:
             out = out.unflatten(0, (q.shape[0], -1))
             lse = lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1).contiguous()
@@ -196,22 +195,21 @@ def _gradients(
         out = part.zeros[: grads.shape[-1]].expand_as(grads)
         dlse = -rows.take_rows(delta(seen), packed)
     dk, dv = (x.flatten(0, 1) if packed else x for x in into) if into else (None, None)
-    with torch.cuda.device_of(q):
-        found = _library()[1](
-            rows.take(q, packed),
-            cols.take(k, packed),
-            cols.take(v, packed),
-            out,
-            grads,
-            lse,
-            softmax_scale=step.scale,
-            softcap=step.softcap or 0.0,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            dlse=dlse,
-            dk=dk,
-            dv=dv,
-            **part.options,
-        )
+    found = _library()[1](
+        rows.take(q, packed),
+        cols.take(k, packed),
+        cols.take(v, packed),
+        out,
+        grads,
+        lse,
+        softmax_scale=step.scale,
+        softcap=step.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        dlse=dlse,
+        dk=dk,
+        dv=dv,
+        **part.options,
+    )
     return [x.unflatten(0, (q.shape[0], -1)) if packed else x for x in found]
 
 
@@ -251,10 +249,10 @@ def _side(spans: list[tuple[int, int]], device: torch.device) -> _Side:
     if sum(stop - start for start, stop in spans) == last - first:
         return _Side(slice(first, last), None)
     # The library reads on past a sequence and multiplies by zero, which keeps NaN: leave gaps out.
-    index = [torch.arange(start - first, stop - first) for start, stop in spans]
-    return _Side(slice(first, last), torch.cat(index).to(device))
+    index = [torch.arange(start - first, stop - first, device="cpu") for start, stop in spans]
+    return _Side(slice(first, last), on_device(torch.cat(index), device))
 
 
 def _cu_seqlens(spans: list[tuple[int, int]], batch: int, device: torch.device) -> Tensor:
-    lens = torch.tensor([stop - start for start, stop in spans]).repeat(batch)
-    return torch.cat([lens.new_zeros(1), lens.cumsum(0)]).to(device, torch.int32)
+    lens = torch.tensor([0, *[stop - start for start, stop in spans] * batch], device="cpu")
+    return on_device(lens.cumsum(0, dtype=torch.int32), device)

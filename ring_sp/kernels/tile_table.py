@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ring_sp.kernels.contract import Step
+from ring_sp.kernels.contract import Step, on_device
 
 ALIGN = 4
 """Slots: a copy of lse or delta by the copy engine starts at a multiple of 16 bytes."""
@@ -41,10 +41,7 @@ def tile_table(
             *parts, num_active = _build(step, num_rows, blocks, keys)
         sizes = [part.numel() for part in parts]
         packed = torch.cat([part.flatten() for part in parts]).to(torch.int32)
-        if device.type == "cuda":
-            # From pageable memory the host would wait for all that the device has to do.
-            packed = packed.pin_memory().to(device, non_blocking=True)
-        entries, offsets, order = packed.split(sizes)
+        entries, offsets, order = on_device(packed, device).split(sizes)
         step.derived[name] = TileTable(entries, offsets, order, num_active)
     return step.derived[name]
 
