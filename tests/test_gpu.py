@@ -64,13 +64,17 @@ def test_low_precision_is_near(
 @each_exchange
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_kernel_is_near_and_repeats_its_bits(gpu_world: World, name: str, how: Sizes) -> None:
-    reason = KERNELS[name].refusal(Call("cuda", torch.bfloat16, 64, 64, lse_gradient=True))
-    if reason:
+    call, refusal = Call("cuda", torch.bfloat16, 64, 64), KERNELS[name].refusal
+    if reason := refusal(call):
         pytest.skip(reason)
     sizes = {"ring": torch.cuda.device_count(), **how}
+    lse = not refusal(replace(call, lse_gradient=True))
     shape = Case(seq_len=700, head_dim=64, v_head_dim=64, dtype=torch.bfloat16, kernel=name)
+    shape = replace(shape, lse=lse)
     assert_exact(gpu_world, sizes, [shape, replace(shape, mask="documents")], 3e-2)
-    assert all(gpu_world.run(repeats, sizes, shape))
+    # torch's flash does so only where its deterministic mode does not merely warn.
+    if not refusal(replace(call, deterministic=True)) and name != "flash":
+        assert all(gpu_world.run(repeats, sizes, shape))
 
 
 def turns(hows: list[Sizes]) -> float:
