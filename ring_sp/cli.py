@@ -182,9 +182,9 @@ def _bench(args: argparse.Namespace) -> int:
     with alone_or_together(args.exchange) as group:
         found = bench.measure(group, args.seq)
         if group.rank == 0:
-            if args.json:
-                hardware.write(found.hardware, args.json)
             print("\n".join(bench.lines(found)))
+            if args.json:  # Last: a file that cannot be written loses nothing.
+                hardware.write(found.hardware, args.json)
     return 0
 
 

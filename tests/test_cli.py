@@ -165,6 +165,11 @@ def test_bench_alone_says_that_it_saw_no_links() -> None:
     assert code == 0 and "run under torchrun" in out and "hop" not in out
 
 
+def test_what_was_measured_is_printed_even_if_its_file_cannot_be_written(tmp_path: Path) -> None:
+    code, out, err = said("bench", "--seq", "32", "--json", str(tmp_path / "none" / "x.json"))
+    assert code == 2 and "matrix products" in out and "x.json" in err
+
+
 @pytest.mark.parametrize(("total", "usable"), [(42e9, 42e9), (85e9, 80e9)])
 def test_a_measured_gpu_has_its_own_memory(total: float, usable: float) -> None:
     group = Group(Topology(), torch.device("cuda"), ("host",))
