@@ -156,8 +156,9 @@ def _print_plan(found: Plan) -> None:
     sections = {"communication": found.hiding, "ring or not": found.advice}
     if not best.fits:
         missing = best.missing_bytes
+        where = "of its host's memory" if best.missing_on_host else "of its own"
         sections["does not fit"] = (
-            f"by {missing:,.0f} bytes ({missing / 1e9:.1f} GB) a GPU; what would:",
+            f"by {missing:,.0f} bytes ({missing / 1e9:.1f} GB) a GPU, {where}; what would:",
             *found.remedies,
         )
     for title, lines in sections.items():

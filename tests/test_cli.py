@@ -112,7 +112,10 @@ def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would() -> None:
     code, out, _ = said(*PLAN, "--checkpoint", "none", "--ff-chunk", "0")
     missing = json.loads(said(*PLAN, "--checkpoint", "none", "--ff-chunk", "0", "--json")[1])
     assert code == 1 and not missing["fits"] and f"{missing['missing_bytes']:,.0f} bytes" in out
-    assert "leave the choice to the planner" in out
+    assert "leave the choice to the planner" in out and "GB) a GPU, of its own; what" in out
+    # Checkpoints of 2.2 TB for the 200 GB that a GPU may have of its host.
+    code, out, _ = said("plan", "--model", "llama-8b", "--gpus", "1", "--seq", "8M")
+    assert code == 1 and "GB) a GPU, of its host's memory; what would:" in out
 
 
 @pytest.mark.parametrize(
