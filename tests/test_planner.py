@@ -235,6 +235,8 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
         (lambda: job(gpus=0), "gpus must be at least 1; got 0"),
         (lambda: plan(job(), tensor=3), "no way to spread 8 GPUs .*do not make 8 GPUs"),
         (lambda: plan(job(), ulysses=64), "do not make 8 GPUs.* Leave out"),
+        (lambda: plan(job(), tensor=16), ": {'tensor': 16} do not make 8 GPUs. Leave out"),
+        (lambda: plan(job(gpus=6), ring=4), ": {'ring': 4} do not make 6 GPUs. Leave out"),
         (lambda: plan(job(gpus=64), ulysses=64), "ulysses 64 must divide 32 heads"),
         (lambda: plan(job(), checkpoint="some"), "one of none, selective, full; got 'some'"),
         (lambda: plan(job(), ff_chunk=-1), "ff_chunk must be at least 1; got -1"),
