@@ -219,8 +219,8 @@ def _hops(group: Group, sizes: Sizes) -> Iterator[Hop]:
 
 
 def _hardware(group: Group, rates: dict[str, float], hops: tuple[Hop, ...]) -> Hardware:
-    """The datasheet of the GPU at hand, with the rates that were measured. Where there is none the
-    peak is what products reached, so that MFU counts from there.
+    """The datasheet of the GPU at hand, with its memory and the rates that were measured. Where
+    there is none the peak is what products reached, so that MFU counts from there.
     """
     name, memory = "cpu", 16e9
     if group.device.type == "cuda":
@@ -232,7 +232,9 @@ def _hardware(group: Group, rates: dict[str, float], hops: tuple[Hop, ...]) -> H
     sheet = next((x for key, x in known().items() if key in name.lower()), None)
     if sheet is not None:
         measured = tuple(dict.fromkeys((*rates, *sheet.measured)))
-        return replace(sheet, **{**rates, "name": name, "measured": measured})  # type: ignore[arg-type]
+        # An A100 may have 40 GB; of more than the sheet's, the rest is the driver's.
+        own = {"name": name, "measured": measured, "memory_bytes": min(memory, sheet.memory_bytes)}
+        return replace(sheet, **{**rates, **own})  # type: ignore[arg-type]
     link = rates.get("link_rate", 1e9)
     return from_datasheet(
         name,

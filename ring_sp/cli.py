@@ -156,8 +156,9 @@ def _print_plan(found: Plan) -> None:
     sections = {"communication": found.hiding, "ring or not": found.advice}
     if not best.fits:
         missing = best.missing_bytes
+        where = "of its host's memory" if best.missing_on_host else "of its own"
         sections["does not fit"] = (
-            f"by {missing:,.0f} bytes ({missing / 1e9:.1f} GB) a GPU; what would:",
+            f"by {missing:,.0f} bytes ({missing / 1e9:.1f} GB) a GPU, {where}; what would:",
             *found.remedies,
         )
     for title, lines in sections.items():
@@ -182,9 +183,9 @@ def _bench(args: argparse.Namespace) -> int:
     with alone_or_together(args.exchange) as group:
         found = bench.measure(group, args.seq)
         if group.rank == 0:
-            if args.json:
-                hardware.write(found.hardware, args.json)
             print("\n".join(bench.lines(found)))
+            if args.json:  # Last: a file that cannot be written loses nothing.
+                hardware.write(found.hardware, args.json)
     return 0
 
 

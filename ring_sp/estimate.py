@@ -42,8 +42,19 @@ class Estimate:
     @property
     def missing_bytes(self) -> float:
         """By which it does not fit, on the GPU or in its host's memory; 0 if it fits."""
-        missing = self.peak_bytes - self.usable_bytes
-        return max(0.0, missing, self.host_bytes - self.job.hardware.host_memory_bytes)
+        return max(0.0, *self._missing)
+
+    @property
+    def missing_on_host(self) -> bool:
+        """Whether `missing_bytes` are the host's, where checkpoints are offloaded."""
+        gpu, host = self._missing
+        return host > max(0.0, gpu)
+
+    @property
+    def _missing(self) -> tuple[float, float]:
+        """Bytes over those of the GPU and over those of its host; below 0 if there are enough."""
+        host = self.host_bytes - self.job.hardware.host_memory_bytes
+        return self.peak_bytes - self.usable_bytes, host
 
     @property
     def fits(self) -> bool:

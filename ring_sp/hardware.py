@@ -33,7 +33,7 @@ class Hardware:
 
     First what a datasheet promises, then `*_rate`: what a program gets. `measured` names the rates
     that were measured on such a machine; the others are the H200's shares of the datasheet
-    (`SHARES`). Raises ValueError for numbers that are not positive.
+    (`SHARES`). Raises ValueError for numbers that are not positive, and GPUs in parts.
     """
 
     name: str
@@ -68,9 +68,9 @@ class Hardware:
 
     def __post_init__(self) -> None:
         rates = [
-            (f"head_dim_rates of {dim}", rate)
-            for dim, *pair in self.head_dim_rates
-            for rate in pair
+            (f"head_dim_rates of {each[0]}", value)
+            for each in self.head_dim_rates
+            for value in each
         ]
         named = [
             (field.name, getattr(self, field.name))
@@ -82,6 +82,11 @@ class Hardware:
                 raise ValueError(
                     f"hardware {self.name}: {name} must be a number above 0; got {value!r}"
                 )
+        if not isinstance(self.gpus_per_host, int):
+            raise ValueError(
+                f"hardware {self.name}: gpus_per_host must be a whole number; got "
+                f"{self.gpus_per_host}"
+            )
         unknown = set(self.measured) - SHARES.keys()
         if unknown:
             raise ValueError(
@@ -173,10 +178,17 @@ def find(name: str) -> Hardware:
             f"hardware must be one of {', '.join(machines)}, or a .json file; got {name}"
         )
     facts = read_json(path, Hardware)
-    rates = tuple(map(tuple, facts.get("head_dim_rates", ())))
-    return Hardware(
-        **facts | {"measured": tuple(facts.get("measured", ())), "head_dim_rates": rates}
-    )
+    try:
+        measured = tuple(facts.get("measured", ()))
+        rates = tuple(map(tuple, facts.get("head_dim_rates", ())))
+    except TypeError:
+        measured, rates = (), ((),)  # Refused below.
+    if any(len(each) != 3 for each in rates):
+        raise ValueError(
+            f"{path}: measured is a list of rates' names, head_dim_rates a list of [head dim, "
+            f"forward, backward]; got {facts.get('measured')} and {facts.get('head_dim_rates')}"
+        )
+    return Hardware(**facts | {"measured": measured, "head_dim_rates": rates})
 
 
 def write(hardware: Hardware, path: Path) -> None:

@@ -9,8 +9,8 @@ from ring_sp.hardware import read_json
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A pre-norm decoder without biases. Raises ValueError for sizes below 1 and key heads that do
-    not divide the query heads.
+    """A pre-norm decoder without biases. Raises ValueError for sizes that are no whole numbers
+    above 0, gated and tied that are no bools, and key heads that do not divide the query heads.
     """
 
     name: str
@@ -30,9 +30,15 @@ class ModelShape:
     def __post_init__(self) -> None:
         for field in fields(self)[1:-2]:
             value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(
                     f"model {self.name}: {field.name} must be a whole number above 0; got {value!r}"
+                )
+        for field in fields(self)[-2:]:
+            value = getattr(self, field.name)
+            if not isinstance(value, bool):
+                raise ValueError(
+                    f"model {self.name}: {field.name} must be true or false; got {value!r}"
                 )
         if self.heads % self.kv_heads:
             raise ValueError(

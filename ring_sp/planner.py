@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from ring_sp.estimate import Estimate
@@ -35,13 +36,16 @@ def plan(job: Job, **fixed: Any) -> Plan:
     to choose.
     """
     check_fixed(fixed)
-    found = search(job, fixed)
+    sizes = {name: fixed[name] for name in SPLIT if name in fixed}
+    divided = job.gpus % prod(sizes.values()) == 0
+    found = search(job, fixed) if divided else []
     if not found:
         tried = {refuse(job, choice) for choice in choices(job, fixed, checked=False)}
+        reasons = tried if divided else {f"{sizes} do not make {job.gpus} GPUs"}
         raise ValueError(
             f"no way to spread {job.gpus} GPUs with {fixed}: "
-            f"{'; '.join(sorted(filter(None, tried)))}. Leave out some of these options, or change "
-            f"the number of GPUs."
+            f"{'; '.join(sorted(filter(None, reasons)))}. Leave out some of these options, or "
+            f"change the number of GPUs."
         )
     best = best_of(found)
     return Plan(

@@ -16,9 +16,10 @@ import pytest
 import torch
 from conftest import World
 
-from ring_sp import cli, doctor, hardware
+from ring_sp import Topology, bench, cli, doctor, hardware
 from ring_sp.attention import ring_attention
 from ring_sp.doctor import Finding
+from ring_sp.group import Group
 
 Said = tuple[int, str, str]
 
@@ -111,7 +112,10 @@ def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would() -> None:
     code, out, _ = said(*PLAN, "--checkpoint", "none", "--ff-chunk", "0")
     missing = json.loads(said(*PLAN, "--checkpoint", "none", "--ff-chunk", "0", "--json")[1])
     assert code == 1 and not missing["fits"] and f"{missing['missing_bytes']:,.0f} bytes" in out
-    assert "leave the choice to the planner" in out
+    assert "leave the choice to the planner" in out and "GB) a GPU, of its own; what" in out
+    # Checkpoints of 2.2 TB for the 200 GB that a GPU may have of its host.
+    code, out, _ = said("plan", "--model", "llama-8b", "--gpus", "1", "--seq", "8M")
+    assert code == 1 and "GB) a GPU, of its host's memory; what would:" in out
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,21 @@ def test_bench_of_ranks_gives_a_file_that_plan_reads(
 def test_bench_alone_says_that_it_saw_no_links() -> None:
     code, out, _ = said("bench", "--seq", "32")
     assert code == 0 and "run under torchrun" in out and "hop" not in out
+
+
+def test_what_was_measured_is_printed_even_if_its_file_cannot_be_written(tmp_path: Path) -> None:
+    code, out, err = said("bench", "--seq", "32", "--json", str(tmp_path / "none" / "x.json"))
+    assert code == 2 and "matrix products" in out and "x.json" in err
+
+
+@pytest.mark.parametrize(("total", "usable"), [(42e9, 42e9), (85e9, 80e9)])
+def test_a_measured_gpu_has_its_own_memory(total: float, usable: float) -> None:
+    group = Group(Topology(), torch.device("cuda"), ("host",))
+    found = mock.Mock(total_memory=int(total))
+    found.name = "NVIDIA A100-SXM4"
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=found):
+        machine = bench._hardware(group, {"matmul_rate": 2e14}, ())
+    assert (machine.memory_bytes, machine.matmul_rate, machine.name) == (usable, 2e14, found.name)
 
 
 def test_a_doctor_finds_a_healthy_ring_healthy(world: Callable[[int], World]) -> None:

@@ -235,11 +235,17 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
         (lambda: job(gpus=0), "gpus must be at least 1; got 0"),
         (lambda: plan(job(), tensor=3), "no way to spread 8 GPUs .*do not make 8 GPUs"),
         (lambda: plan(job(), ulysses=64), "do not make 8 GPUs.* Leave out"),
+        (lambda: plan(job(), tensor=16), ": {'tensor': 16} do not make 8 GPUs. Leave out"),
+        (lambda: plan(job(gpus=6), ring=4), ": {'ring': 4} do not make 6 GPUs. Leave out"),
         (lambda: plan(job(gpus=64), ulysses=64), "ulysses 64 must divide 32 heads"),
         (lambda: plan(job(), checkpoint="some"), "one of none, selective, full; got 'some'"),
         (lambda: plan(job(), ff_chunk=-1), "ff_chunk must be at least 1; got -1"),
         (lambda: plan(job(), rings=2), "got \\['rings'\\]"),
         (lambda: replace(H200, link_rate=0), "link_rate must be a number above 0; got 0"),
+        (lambda: replace(H200, gpus_per_host=2.5), "gpus_per_host must be a whole number; got 2.5"),
+        (lambda: replace(H200, head_dim_rates=(("64", 1, 1),)), "must be a number .*; got '64'"),
+        (lambda: replace(MEASURED_MODEL, gated="false"), "must be true or false; got 'false'"),
+        (lambda: replace(MEASURED_MODEL, layers=True), "layers must be a whole number .* got True"),
         (lambda: replace(MEASURED_MODEL, kv_heads=5), "kv_heads must divide 16 heads; got 5"),
     ],
 )
@@ -262,6 +268,10 @@ def test_files_describe_models_and_machines(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ValueError, match=said):
             model_shape.find(str(file))
+    for field, value in (("measured", 5), ("head_dim_rates", 5), ("head_dim_rates", [[64, 1.0]])):
+        file.write_text(json.dumps(asdict(H200) | {field: value}))
+        with pytest.raises(ValueError, match="measured is a list of rates' names"):
+            hardware.find(str(file))
 
 
 def test_8b_at_10m_tokens_fits_64_h200_with_its_arithmetic() -> None:
