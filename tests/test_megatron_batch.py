@@ -52,10 +52,15 @@ def called(split: Split, given: dict[str, Any], **extra: Any) -> dict[str, Any]:
 
 def wrong_parts(given: Case) -> list[str]:
     ring, split = split_of(given)
-    own, expected, sequence = called(split, whole()), whole(), ring.sequence(SEQ_LEN)
-    keys = ("tokens", "labels", "loss_mask", "position_ids")
-    wrong = [key for key in keys if not torch.equal(own[key], sequence.shard(expected[key]))]
-    return wrong + [key for key in ("attention_mask", "cu_seqlens") if own[key] is not None]
+    expected, sequence = whole(), ring.sequence(SEQ_LEN)
+    # Of a script's own: of each token, and of each row.
+    expected["embeddings"] = torch.randn(2, SEQ_LEN, 3)
+    expected["dataset_id"] = torch.arange(2)
+    own = called(split, dict(expected))
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "embeddings")
+    wrong = [key for key in keys if not torch.equal(own[key], sequence.shard(expected[key], 1))]
+    wrong += [key for key in ("attention_mask", "cu_seqlens") if own[key] is not None]
+    return wrong if torch.equal(own["dataset_id"], torch.arange(2)) else [*wrong, "dataset_id"]
 
 
 @pytest.mark.parametrize(
