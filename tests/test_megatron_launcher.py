@@ -15,7 +15,6 @@ pytest.importorskip("megatron")
 import torch
 from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine
-from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,11 +28,9 @@ from ranks import raised
 
 from ring_sp import Topology
 from ring_sp.integrations.megatron import MegatronRing, RingCoreAttention, RingOptions, install
-from ring_sp.integrations.megatron import spec as specs
 from ring_sp.integrations.megatron.__main__ import main, understood
-from ring_sp.integrations.megatron.norm import TensorSequenceNorm
 from ring_sp.integrations.megatron.rotary import use_ring_positions
-from ring_sp.integrations.megatron.spec import ring_spec, with_tensor_sequence_norms
+from ring_sp.integrations.megatron.spec import ring_spec
 
 ROOT = Path(__file__).parents[1]
 RING = ("--sequence-parallel-ring", "1")
@@ -189,25 +186,6 @@ def test_transformer_engines_attention_is_replaced_too(monkeypatch: pytest.Monke
     found = replaced.layer_specs[2].submodules.self_attention.submodules.core_attention
     assert (count, found.module) == (2, RingCoreAttention)
     assert layer.submodules.self_attention.submodules.core_attention is fused
-
-
-@pytest.mark.parametrize(
-    ("normalization", "extension", "norm"),
-    [
-        ("LayerNorm", "fused_layer_norm_cuda", FusedLayerNorm),
-        ("LayerNorm", "amp_C", TensorSequenceNorm),
-        ("RMSNorm", "fused_layer_norm_cuda", TensorSequenceNorm),
-    ],
-)
-def test_apexs_norm_is_taken_where_its_kernel_is_there_and_serves(
-    normalization: str, extension: str, norm: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(specs, "apex", lambda: ("NVIDIA", frozenset({extension})))
-    given = config(case(config={"normalization": normalization}))
-    layer = get_gpt_layer_local_spec()
-    # As Megatron has it wherever a package apex is.
-    layer.submodules.input_layernorm = FusedLayerNorm
-    assert with_tensor_sequence_norms(layer, given).submodules.input_layernorm is norm
 
 
 class OwnAttention(torch.nn.Module):
