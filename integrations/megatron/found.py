@@ -9,7 +9,8 @@ import torch
 from ring_sp.installed import APEX_EXTENSIONS, apex, device, folder, kernels, version
 
 FIRST_TESTED, LAST_TESTED = (0, 16, 1), (0, 19)
-"""Versions of Megatron-core that the tests run with; of the last, any patch level."""
+"""Versions of Megatron-core that the tests run with; of the last, any patch level. Those
+between are let in."""
 
 
 @dataclass(frozen=True)
