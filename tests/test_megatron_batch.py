@@ -52,10 +52,15 @@ def called(split: Split, given: dict[str, Any], **extra: Any) -> dict[str, Any]:
 
 def wrong_parts(given: Case) -> list[str]:
     ring, split = split_of(given)
-    own, expected, sequence = called(split, whole()), whole(), ring.sequence(SEQ_LEN)
-    keys = ("tokens", "labels", "loss_mask", "position_ids")
-    wrong = [key for key in keys if not torch.equal(own[key], sequence.shard(expected[key]))]
-    return wrong + [key for key in ("attention_mask", "cu_seqlens") if own[key] is not None]
+    expected, sequence = whole(), ring.sequence(SEQ_LEN)
+    # Of a script's own: of each token, and of each row.
+    expected["embeddings"] = torch.randn(2, SEQ_LEN, 3)
+    expected["dataset_id"] = torch.arange(2)
+    own = called(split, dict(expected))
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "embeddings")
+    wrong = [key for key in keys if not torch.equal(own[key], sequence.shard(expected[key], 1))]
+    wrong += [key for key in ("attention_mask", "cu_seqlens") if own[key] is not None]
+    return wrong if torch.equal(own["dataset_id"], torch.arange(2)) else [*wrong, "dataset_id"]
 
 
 @pytest.mark.parametrize(
@@ -184,3 +189,32 @@ def group_of_its_own() -> Tensor:
 def test_a_batch_may_live_on_a_group_of_its_own(world: Callable[[int], World]) -> None:
     for distance in world(4).run(group_of_its_own):
         assert distance.max() < 1e-12
+
+
+def dynamic_parts(size: int) -> tuple[list[int], list[int]]:
+    """Tokens of this rank in a batch for `size` ranks of four, and those that it should have."""
+    ring, split = split_of(case(ring=4))
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = {2: halves[dist.get_rank() // 2], 4: ring.topology.group}
+    given = {**whole(1), "cu_seqlens": torch.tensor([[0, SEQ_LEN]])}
+    given["local_cp_size"] = torch.tensor([size])
+    asked = {"is_hybrid_cp": True, "hybrid_cp_group_func": lambda group_size: groups[group_size]}
+    own = called(split, given, **asked)
+    assert own.get("hybrid_cp_group") is groups.get(size)
+    place = ring.sequence(
+        SEQ_LEN, None, ring.topology_of(PackedSeqParams(cp_group=groups.get(size)))
+    )
+    wanted = place.positions() if size > 1 else torch.arange(SEQ_LEN)
+    return own["tokens"][0].tolist(), wanted.tolist()
+
+
+@pytest.mark.skipif(
+    "is_hybrid_cp" not in signature(utils.get_batch_on_this_cp_rank).parameters,
+    reason="Megatron-core says the size of a batch's group to its split from 0.18 on",
+)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_batch_is_cut_for_the_group_that_it_asks_for(
+    world: Callable[[int], World], size: int
+) -> None:
+    for own, wanted in world(4).run(dynamic_parts, size):
+        assert own == wanted

@@ -11,6 +11,7 @@ pytest.importorskip("megatron.core.models.hybrid.hybrid_block")
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.models.mamba.mamba_model import MambaModel
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -18,7 +19,8 @@ from megatron_gpt import SEQ_LEN, VOCAB, Case, batch, case, config, drawn, start
 from megatron_on_cpu import OnCpu
 from ringed import relative
 
-from ring_sp.integrations.megatron import install
+from ring_sp.integrations.megatron import RingOptions, install
+from ring_sp.integrations.megatron.check import require_ring_everywhere
 from ring_sp.integrations.megatron.norm import TensorSequenceNorm
 
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -78,3 +80,26 @@ def test_a_hybrid_model_over_a_ring_equals_a_ring_of_one(
         assert relative(logits, wanted) < 1e-12
         for name, gradient in gradients.items():
             assert relative(summed[name], gradient) < 1e-11, name
+
+
+def layers_under_the_old_name() -> int:
+    """The ring layers of a model that is built as MambaModel."""
+    start(case())
+    hybrid_block.TENorm = TensorSequenceNorm
+    made = install(RingOptions(ff_chunk=8))
+    try:
+        with OnCpu():
+            model = MambaModel(
+                config(case()),
+                mamba_stack_spec=stack(),
+                vocab_size=VOCAB,
+                max_sequence_length=SEQ_LEN,
+                hybrid_layer_pattern="*-*-",
+            )
+    finally:
+        made.remove()
+    return require_ring_everywhere(model, made.built_ring())
+
+
+def test_a_hybrid_model_has_an_old_name(world: Callable[[int], World]) -> None:
+    assert world(1).run(layers_under_the_old_name) == [2]

@@ -160,6 +160,11 @@ def test_a_command_line_without_the_ring_is_refused(line: str, message: str) -> 
         understood(line.split())
 
 
+def test_reinforcement_learning_is_refused_at_start() -> None:
+    with pytest.raises(NotImplementedError, match="the ring has no --perform-rl-step"):
+        understood([*RING, "--perform-rl-step"])
+
+
 def test_the_script_gets_its_own_arguments_in_their_order() -> None:
     line = "--a 1 --sequence-parallel-ring 4 -1 --ring-layout striped --b=x --sequence-parallel"
     options, untested, rest = understood(line.split())

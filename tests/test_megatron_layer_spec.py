@@ -2,7 +2,9 @@
 
 import typing
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -19,7 +21,20 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.spec_utils import import_module
-from megatron_gpt import LAYERS, MOE, MTP, SEQ_LEN, VOCAB, Case, batch, case, config, drawn, start
+from megatron_gpt import (
+    LAYERS,
+    MOE,
+    MTP,
+    SEQ_LEN,
+    VOCAB,
+    Case,
+    alone,
+    batch,
+    case,
+    config,
+    drawn,
+    start,
+)
 from megatron_on_cpu import OnCpu
 from megatron_oracle import Result, distances, step, stock, tagged
 from ranks import raised
@@ -33,10 +48,14 @@ LOCAL = {"transformer_impl": "local"}
 SPEC = ["ring_sp.integrations.megatron.layer_spec", "ring_layer_spec"]
 
 
+def newer_typing() -> Any:
+    """What megatron.training uses of Python 3.12: one decorator."""
+    return mock.patch.object(typing, "override", lambda method: method, create=True)
+
+
 def built(given: Case) -> GPTModel:
     """What Megatron's training loop builds for `--spec`."""
-    with mock.patch.object(typing, "override", lambda method: method, create=True):
-        # Its one use of what Python has from 3.12 on.
+    with newer_typing():
         from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
     asked = GPTModelConfig(
         transformer=config(given),
@@ -85,14 +104,28 @@ def test_a_model_by_spec_equals_stock_megatron_on_one_rank(
         assert worst[0] < 1e-11, worst
 
 
-def refused(given: Case) -> str:
+def refused(given: Case, **args: bool) -> str:
     start(given)
-    return raised(built, given)
+    with newer_typing():
+        from megatron.training import global_vars
+    with mock.patch.object(global_vars, "_GLOBAL_ARGS", Namespace(**args) if args else None):
+        return raised(built, given)
 
 
 def test_layers_that_a_spec_does_not_reach_are_refused(world: Callable[[int], World]) -> None:
     (said,) = world(1).run(refused, case(config={**LOCAL, **MTP}))
     assert "--spec does not reach" in said and "--sequence-parallel-ring" in said
+
+
+def test_documents_that_are_cut_otherwise_than_turned_are_refused(
+    world: Callable[[int], World],
+) -> None:
+    asked = {"dataloader_inter_document_masking": True}
+    given = case(ring=2, config=LOCAL)
+    for said in world(2).run(partial(refused, given, **asked, sft=False)):
+        assert "in place of --spec" in said
+    assert world(2).run(partial(refused, given, **asked, sft=True)) == ["", ""]
+    assert world(1).run(partial(refused, alone(given), **asked, sft=False)) == [""]
 
 
 def rounds_of_two_steps(given: Case) -> list[int]:

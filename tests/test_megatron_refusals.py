@@ -1,6 +1,7 @@
 """What of a Megatron config is refused before anything is built."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_gpt import SEQ_LEN, built, case, start
+from megatron_gpt import SEQ_LEN, Case, built, case, start
 from ranks import raised
 
 from ring_sp.integrations.megatron import (
@@ -90,10 +91,10 @@ def positions_refused(size: int) -> dict[str, str]:
     stock = MegatronRing.from_group(group)
     striped = MegatronRing.from_group(group, layout="striped")
 
-    def model(**changes: Any) -> GPTModel:
+    def model(asked: Case = given, **changes: Any) -> GPTModel:
         made = install(given.options)
         try:
-            found = built(given)
+            found = built(asked)
         finally:
             made.remove()
         for name, value in changes.items():
@@ -104,8 +105,10 @@ def positions_refused(size: int) -> dict[str, str]:
     mixed.mixer = Mixer()
     packed = PackedSeqParams("thd", *[torch.tensor([0, 16, SEQ_LEN])] * 2)
     tokens = torch.zeros(1, SEQ_LEN // size, dtype=torch.long)
-    latent = {"multi_latent_attention": True, "apply_rope_fusion": True}
+    latent: dict[str, Any] = {"multi_latent_attention": True, "apply_rope_fusion": True}
+    learned = replace(given, positions="learned_absolute")
     return {
+        "inference": raised(model(learned), tokens, tokens, None, inference_context=object()),
         "mixer": raised(use_ring_positions, mixed, striped),
         "mixer in zigzag": raised(use_ring_positions, mixed, stock),
         "packed mixer": raised(mixed, tokens, tokens, None, packed_seq_params=packed),
@@ -117,6 +120,7 @@ def positions_refused(size: int) -> dict[str, str]:
 
 def test_a_path_that_cannot_follow_the_layout_is_refused(world: Callable[[int], World]) -> None:
     messages = {
+        "inference": "a ring serves training",
         "mixer": "mixes tokens in Megatron's zigzag order; use --ring-layout zigzag",
         "packed mixer": "would mix the tokens of packed documents",
         "multimodal": "got 'mrope'",

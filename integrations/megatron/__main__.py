@@ -51,11 +51,13 @@ def main(argv: list[str]) -> None:
 def understood(given: list[str]) -> tuple[RingOptions, bool, list[str]]:
     """What a command line asks of the ring, whether for a Megatron that is not tested, and the
     arguments for the script. Raises ValueError where it asks for no ring, or contradicts itself,
-    and NotImplementedError for a ring that there is not.
+    and NotImplementedError for a ring that there is not, or training that has none.
     """
     parser = argparse.ArgumentParser(_USAGE, allow_abbrev=False, add_help=False)
     add_ring_args(parser)
     parser.add_argument("--ring-untested-megatron", action="store_true")
+    # Megatron's own, which options refuse.
+    parser.add_argument("--perform-rl-step", action="store_true")
     args, rest = parser.parse_known_args(given)
     options = RingOptions.from_args(args)
     if options is None:

@@ -13,7 +13,15 @@ from ring_sp.integrations.megatron.ring import MegatronRing
 
 Batch = dict[str, Any]
 
-_ALONG_THE_SEQUENCE = ("tokens", "labels", "loss_mask", "position_ids")
+_ABOUT_THE_SEQUENCE = {
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+    "hybrid_cp_group",
+}
+"""What a batch has besides tokens and what goes with each: as in Megatron's own split."""
 
 
 class SplitBatch:
@@ -77,10 +85,10 @@ def sequence_of(
     batch: Batch, params: PackedSeqParams, ring: MegatronRing
 ) -> ShardedSequence | None:
     """Where the tokens of a whole batch live; None if this pipeline stage has none."""
-    shapes = [batch[key].shape for key in _ALONG_THE_SEQUENCE if batch.get(key) is not None]
-    if not shapes:
+    parts = list(_along_the_sequence(batch).values())
+    if not parts:
         return None
-    rows, seq_len = shapes[0][:2]
+    rows, seq_len = parts[0].shape[:2]
     if batch.get("cu_seqlens") is None:
         topology = ring.topology_of(params)
         return ring.sequence(seq_len, None, topology)
@@ -96,14 +104,22 @@ def sequence_of(
 
 def cut(batch: Batch, sequence: ShardedSequence) -> Batch:
     """The batch, in place, with this rank's tokens of the sequence."""
-    for key in _ALONG_THE_SEQUENCE:
-        if batch.get(key) is not None:
-            batch[key] = sequence.shard(batch[key], 1)
+    for key, whole in _along_the_sequence(batch).items():
+        batch[key] = sequence.shard(whole, 1)
     mask = batch.get("attention_mask")
     if mask is not None:
         refuse_unless_causal(mask)
         batch["attention_mask"] = None
     return batch
+
+
+def _along_the_sequence(batch: Batch) -> dict[str, Tensor]:
+    """The entries [rows, S, ...] of a batch, which may be a script's own."""
+    return {
+        key: value
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and value.dim() > 1 and key not in _ABOUT_THE_SEQUENCE
+    }
 
 
 def refuse_unless_causal(hidden: Tensor) -> None:

@@ -9,7 +9,8 @@ import torch
 from ring_sp.installed import APEX_EXTENSIONS, apex, device, folder, kernels, version
 
 FIRST_TESTED, LAST_TESTED = (0, 16, 1), (0, 19)
-"""Versions of Megatron-core that the tests run with; of the last, any patch level."""
+"""Versions of Megatron-core that the tests run with; of the last, any patch level. Those
+between are let in."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,17 @@ def lines(found: Found) -> list[str]:
 def used(found: Found) -> dict[str, str]:
     """Whose parts a model gets."""
     engine, parts = found.transformer_engine is not None, found.apex_extensions
-    local = "apex" if "fused_layer_norm_cuda" in parts else "torch, tagged by ring_sp"
-    adam = "Transformer Engine" if engine else "apex" if "amp_C" in parts else "torch"
-    fused = engine or "fused_weight_gradient_mlp_cuda" in parts
+    local = "torch, tagged by ring_sp"
+    if "fused_layer_norm_cuda" in parts:
+        local = f"apex; RMSNorm {local}"
+    adam = "torch"
+    if engine:
+        adam = "Transformer Engine"
+    elif found.apex == "NVIDIA":
+        # Megatron asks whether the package is there, and not for this part of it.
+        adam = "apex" if "amp_C" in parts else "apex, which fails without amp_C"
+    # The output layer is Megatron's own with Transformer Engine too.
+    fused = "fused_weight_gradient_mlp_cuda" in parts
     return {
         "attention": "the ring, in every layer",
         "norms": f"Transformer Engine; with --transformer-impl local {local}" if engine else local,

@@ -155,14 +155,16 @@ def _refusing(kind: type) -> Callable[..., None]:
 
 
 def _present(places: tuple[tuple[str, str], ...]) -> list[type]:
-    """Those of some classes that this Megatron has and that build themselves."""
+    """Those of some classes that this Megatron has, but for the old name of another, which builds
+    the other.
+    """
     found = []
     for module, name in places:
         try:
             found.append(getattr(import_module(module), name))
         except (ImportError, AttributeError):
             continue
-    return [kind for kind in found if "__init__" in vars(kind)]
+    return [kind for kind in {*found} if not {*found} & {*kind.__mro__[1:]}]
 
 
 def _swap(old: object, new: object) -> None:

@@ -26,8 +26,10 @@ def ring_layer_spec(
     group in each attention.
 
     For Megatron-core from 0.18 on, whose builder of GPTs calls it. Raises NotImplementedError for
-    multi-token prediction, whose layers `--spec` does not reach.
+    multi-token prediction, whose layers `--spec` does not reach, and for documents that Megatron
+    cuts in another way than it turns their positions.
     """
+    from megatron.training import global_vars
     from megatron.training.models.gpt import default_layer_spec
 
     if config.transformer.mtp_num_layers:
@@ -36,7 +38,16 @@ def ring_layer_spec(
             "attention: start the script with python -m ring_sp.integrations.megatron and "
             "--sequence-parallel-ring in place of --spec"
         )
+    # None where a library builds the model.
+    args = vars(global_vars)["_GLOBAL_ARGS"]
+    whole = getattr(args, "dataloader_inter_document_masking", False) and not args.sft
     ring = MegatronRing.from_group(parallel_state.get_context_parallel_group())
+    if whole and ring.topology.size > 1:
+        raise NotImplementedError(
+            "with --dataloader-inter-document-masking Megatron cuts whole sequences, and positions "
+            "document by document: start the script with python -m ring_sp.integrations.megatron "
+            "and --sequence-parallel-ring in place of --spec"
+        )
     warn_of_loss(config.transformer, ring)
     layers = with_ring_attention(default_layer_spec(config, vp_stage), ring)
     return block_spec(layers, config.transformer, vp_stage)

@@ -61,7 +61,7 @@ class RingOptions:
         """The options in parsed arguments; None where no --sequence-parallel-ring was given.
 
         Raises ValueError if the arguments contradict each other, or do not have the ring's at all,
-        and what RingOptions raises.
+        NotImplementedError for reinforcement learning, and what RingOptions raises.
         """
         if not hasattr(args, "sequence_parallel_ring"):
             raise ValueError(
@@ -73,6 +73,11 @@ class RingOptions:
             if asked := _companions(args):
                 raise ValueError(f"{', '.join(asked)} needs {_RING}, which was not given")
             return None
+        if getattr(args, "perform_rl_step", False):
+            raise NotImplementedError(
+                f"the ring has no --perform-rl-step, whose batches Megatron does not cut for a "
+                f"ring's ranks; leave {_RING} out"
+            )
         size = args.sequence_parallel_ring or args.context_parallel_size
         if size != args.context_parallel_size:
             raise ValueError(_conflict(size, args.context_parallel_size))

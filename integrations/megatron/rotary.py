@@ -14,6 +14,8 @@ from ring_sp.integrations.megatron.check import mixes_tokens, require_ring_every
 from ring_sp.integrations.megatron.recomputation import keeps
 from ring_sp.integrations.megatron.ring import MegatronRing, RingSequenceParams
 
+_TRAINING = "a ring serves training; build the inference model without it"
+
 
 class Place(NamedTuple):
     """Where the tokens of a batch are, and whether the layer has dropped the batch dimension."""
@@ -65,9 +67,7 @@ class RingRotaryEmbedding(nn.Module):
     ) -> Place:
         """The sequence of this batch. Raises NotImplementedError in inference."""
         if inference_context is not None:
-            raise NotImplementedError(
-                "a ring serves training; build the inference model without it"
-            )
+            raise NotImplementedError(_TRAINING)
         arriving = transformer.input_tensor if transformer is not None else None
         hidden = transformer_input if arriving is None else arriving
         packed = packed_seq_params is not None
@@ -144,7 +144,9 @@ def use_ring_positions(model: MegatronModule, ring: MegatronRing) -> None:
 
 
 class _PackedInRing:
-    """Before a model's forward: Megatron's packed sequences become the ring's."""
+    """Before a model's forward: Megatron's packed sequences become the ring's, and inference is
+    refused.
+    """
 
     def __init__(self, ring: MegatronRing) -> None:
         self.ring = ring
@@ -152,6 +154,9 @@ class _PackedInRing:
     def __call__(
         self, model: MegatronModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # A model with rotary positions refuses it too where it comes by its place.
+        if kwargs.get("inference_context") is not None or kwargs.get("inference_params"):
+            raise NotImplementedError(_TRAINING)
         params: PackedSeqParams | None = kwargs.get("packed_seq_params")
         if params is not None and params.qkv_format == "thd":
             mixer = next((name for name, part in model.named_modules() if mixes_tokens(part)), "")

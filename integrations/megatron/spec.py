@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from megatron.core.extensions import transformer_engine
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ring_sp.installed import apex
 from ring_sp.integrations.megatron.core_attention import RingCoreAttention
 from ring_sp.integrations.megatron.norm import TensorSequenceNorm
 from ring_sp.integrations.megatron.ring import MegatronRing
@@ -61,14 +63,19 @@ def block_spec(spec: Any, config: TransformerConfig, vp_stage: int | None = None
     if layer:
         # Megatron makes this list itself, with the norm behind the last layer.
         spec = transformer_block._get_block_submodules(config, spec, vp_stage)
-    return with_tensor_sequence_norms(spec)
+    return with_tensor_sequence_norms(spec, config)
 
 
-def with_tensor_sequence_norms(spec: Spec) -> Spec:
-    """A copy of a spec in which norms of plain torch work under tensor-sequence parallelism."""
+def with_tensor_sequence_norms(spec: Spec, config: TransformerConfig) -> Spec:
+    """A copy of a spec in which norms of plain torch work under tensor-sequence parallelism, and
+    take the place of apex's where it cannot serve: Megatron asks for it wherever a package of that
+    name is, built with its kernels or not.
+    """
+    fused = config.normalization == "LayerNorm" and "fused_layer_norm_cuda" in apex()[1]
+    plain = (WrappedTorchNorm,) if fused else (WrappedTorchNorm, FusedLayerNorm)
 
     def swap(_: str, value: Any) -> Any:
-        return TensorSequenceNorm if value is WrappedTorchNorm else None
+        return TensorSequenceNorm if any(value is norm for norm in plain) else None
 
     replaced: Spec = _replace(spec, swap)[0]
     return replaced
