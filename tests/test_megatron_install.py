@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -6,10 +7,10 @@ from conftest import World
 
 pytest.importorskip("megatron")
 from megatron.core import __version__, parallel_state
-from megatron_gpt import MLA, MOE, MTP, SEQ_LEN, YARN, Case, case, start
+from megatron_gpt import MLA, MOE, MTP, SEQ_LEN, YARN, Case, built, case, start
 from megatron_oracle import errors, packed, stock
 
-from ring_sp.integrations.megatron import MegatronRing
+from ring_sp.integrations.megatron import MegatronRing, install
 from ring_sp.integrations.megatron.roll import RollTokens
 
 DOCUMENTS = (0, 8, 32, SEQ_LEN)
@@ -90,6 +91,26 @@ def test_multi_token_prediction_over_a_ring_equals_one_rank(
     whole = [world(1).run(stock, given, 0)[0]]
     for worst, *_ in world(size).run(errors, given, whole):
         assert worst[0] < 1e-6, "Megatron's losses are in float32" + str(worst)
+
+
+def warned(given: Case) -> list[str]:
+    """What a model's builder is warned of."""
+    start(given)
+    made = install(given.options)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            built(given)
+    finally:
+        made.remove()
+    return [str(each.message) for each in caught if "those of one rank" in str(each.message)]
+
+
+def test_where_multi_token_prediction_does_not_it_is_said(world: Callable[[int], World]) -> None:
+    newer = not __version__.startswith("0.16")
+    for found in world(2).run(warned, case(ring=2, config=MTP)):
+        assert ["losses of multi-token prediction" in said for said in found] == [True] * newer
+    assert world(1).run(warned, case(config=MTP)) == [[]]
 
 
 def wrong_rolls(given: Case) -> list[str]:

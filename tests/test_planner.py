@@ -227,6 +227,10 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
     assert free == "leave the choice to the planner: {'checkpoint': 'selective'} fits"
 
 
+altered: Any = replace
+"""To values of other types."""
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -242,9 +246,9 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
         (lambda: plan(job(), ff_chunk=-1), "ff_chunk must be at least 1; got -1"),
         (lambda: plan(job(), rings=2), "got \\['rings'\\]"),
         (lambda: replace(H200, link_rate=0), "link_rate must be a number above 0; got 0"),
-        (lambda: replace(H200, gpus_per_host=2.5), "gpus_per_host must be a whole number; got 2.5"),
-        (lambda: replace(H200, head_dim_rates=(("64", 1, 1),)), "must be a number .*; got '64'"),
-        (lambda: replace(MEASURED_MODEL, gated="false"), "must be true or false; got 'false'"),
+        (lambda: altered(H200, gpus_per_host=2.5), "gpus_per_host must be a whole number; got 2.5"),
+        (lambda: altered(H200, head_dim_rates=(("64", 1, 1),)), "must be a number .*; got '64'"),
+        (lambda: altered(MEASURED_MODEL, gated="false"), "must be true or false; got 'false'"),
         (lambda: replace(MEASURED_MODEL, layers=True), "layers must be a whole number .* got True"),
         (lambda: replace(MEASURED_MODEL, kv_heads=5), "kv_heads must divide 16 heads; got 5"),
     ],

@@ -2,6 +2,7 @@
 
 import warnings
 
+from megatron.core import __version__
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -38,7 +39,16 @@ def require_ring_everywhere(model: MegatronModule, ring: MegatronRing) -> int:
 
 def warn_of_loss(config: TransformerConfig, ring: MegatronRing) -> None:
     """Warn where loss and gradients may not be those of one rank."""
-    if ring.topology.size > 1 and not config.calculate_per_token_loss:
+    if ring.topology.size == 1:
+        return
+    if config.mtp_num_layers and not __version__.startswith("0.16"):
+        warnings.warn(
+            "this Megatron weighs the losses of multi-token prediction by the tokens of each of "
+            "the ring's ranks, one of which has the end of a sequence: these losses, and a little "
+            "of all gradients, are not those of one rank",
+            stacklevel=3,
+        )
+    if not config.calculate_per_token_loss:
         warnings.warn(
             "without --calculate-per-token-loss Megatron averages the means of the ring's ranks: "
             "where loss masks differ between ranks, as with padding or SFT, loss and gradients are "
