@@ -149,7 +149,9 @@ def ours(
 
 
 def tried(make: Callable[[], peers.Step], device: torch.device) -> Result:
-    """Peak bytes of a step alone on its GPU; the reason where it cannot run on some rank."""
+    """Peak bytes of a step alone on its GPU, of the rank that has most; the reason where it cannot
+    run on some rank.
+    """
     reason, step = "", None
     try:
         step = make()
@@ -160,7 +162,9 @@ def tried(make: Callable[[], peers.Step], device: torch.device) -> Result:
     dist.all_gather_object(reasons, reason)
     if step is None or any(reasons):
         return {"refused": next(filter(None, reasons))}
-    return {"peak_bytes": peers.peak_bytes(step, device)}
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, peers.peak_bytes(step, device))
+    return {"peak_bytes": max(peaks)}
 
 
 def run(case: Case, args: argparse.Namespace, device: torch.device) -> Result:
