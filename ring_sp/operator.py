@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ring_sp.fit import Options, fitting_kernel, kernel_for, typed
@@ -273,7 +274,8 @@ def dense(x: Tensor) -> Tensor:
     token at a multiple of 16 bytes, as kernels want it.
     """
     size = x.element_size()
-    places = x.data_ptr(), *(size * stride for stride in x.stride()[:3])
+    start = size * x.storage_offset() if isinstance(x, FakeTensor) else x.data_ptr()
+    places = start, *(size * stride for stride in x.stride()[:3])
     aligned = x.shape[3] * size % 16 or not any(place % 16 for place in places)
     if x.stride(3) == 1 and aligned:
         return x

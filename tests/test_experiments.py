@@ -97,6 +97,7 @@ def test_products_are_run_again_as_often_as_expected(form: str) -> None:
     assert products == pytest.approx((6 * model.product_weights + 2 * again) * tokens, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer")
 @pytest.mark.parametrize("form", ["attention kept", "every 2 layers"])
 def test_bytes_of_other_shapes(form: str) -> None:
     for model in ("qwen3-0.6b:layers=6", "llama-8b:layers=4"):
@@ -155,6 +156,32 @@ def test_the_experiments_run_on_cpus_and_are_rendered(
     )
     made = {path.name for path in (tmp_path / "results").iterdir()}
     assert made == {"RESULTS.md", "mfu.png", "max_context.png", "memory.png"}
+
+
+def test_a_search_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    """From the trials in its file, of which the last had begun and not ended."""
+    begun = {"method": "vanilla", "tokens": 128, "fits": False, "outcome": "out of memory"}
+    ended = begun | {"fits": True, "held_bytes": 2_600_000, "outcome": "finished"}
+    trials = [begun, ended, begun | {"tokens": 160}]
+    settings = {"model": asdict(TINY), "gpus": 1, "memory": 2_700_000, "checkpoint": "full"}
+    settings |= {"all_checkpointed": False, "chunk": 64}
+    model, log = tmp_path / "tiny.json", tmp_path / "max_context_0.jsonl"
+    model.write_text(json.dumps(asdict(TINY)))
+    report = tmp_path / "found.json"
+    asked = ["--gpus", "1", "--models", str(model), "--methods", "vanilla", "--resume"]
+    asked += ["--granule", "32", "--chunk", "64", "--json", str(report)]
+
+    lines = "".join(json.dumps(line) + "\n" for line in (settings, *trials))
+    log.write_text(lines)
+    run_in_place(max_context.main, *asked, "--memory", "2.7MB")
+    (row,) = json.loads(report.read_text())["rows"]
+    assert [trial["tokens"] for trial in row["methods"]["vanilla"]["trials"]] == [128, 160]
+    assert row["methods"]["vanilla"]["failed"] == 160 and not log.exists()
+
+    log.write_text(lines)
+    with pytest.raises(ValueError, match="has the trials of"):
+        run_in_place(max_context.main, *asked, "--memory", "2.8MB")
+    assert log.read_text() == lines
 
 
 @pytest.mark.parametrize(

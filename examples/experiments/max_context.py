@@ -10,7 +10,8 @@ column; methods of one GPU train a sequence on each, the ring one on all. On GPU
 torch's allocator; on CPUs the bytes of tensors are counted (`counted.py`), but for what is inside
 of an attention operator. A GPU that runs out of memory in the middle of a ring leaves the others
 waiting: steps run in jobs of torchrun, which end when a rank fails, and the search goes on in
-another.
+another. Trials are written down beside the JSON as they end; `--resume` goes on with those of a
+search that was cut off.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--resolution", type=float, default=0.02, help="how near the longest and the failed are")
     add("--json", type=Path)
     add("--png", type=Path)
+    add("--resume", action="store_true", help="after a run of the same settings that was cut off")
     add("--trials-file", type=Path, help=argparse.SUPPRESS)  # Of a job: trials, one a line.
     return parser.parse_args()
 
@@ -167,13 +169,30 @@ class Log:
 
 
 def read(path: Path) -> list[tuple[str, Trial]]:
-    """Trials by method; the last word on a length counts."""
+    """Trials by method, below the line of settings; the last word on a length counts."""
     found: dict[tuple[str, int], Trial] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().splitlines()[1:]:
         entry = json.loads(line)
         method = entry.pop("method")
         found[method, entry["tokens"]] = Trial(**entry)
     return [(method, trial) for (method, _), trial in found.items()]
+
+
+def open_log(path: Path, model: str, args: argparse.Namespace) -> None:
+    """A file of trials that begins with what they depend on.
+
+    Raises:
+        ValueError: one that is to be gone on with is of other settings.
+    """
+    settings: dict[str, Any] = {"model": asdict(model_shape.find(model))}
+    for name in ("gpus", "memory", "checkpoint", "all_checkpointed", "chunk"):
+        settings[name] = getattr(args, name)
+    if args.resume and path.exists():
+        written = json.loads(path.read_text().splitlines()[0])
+        if written != settings:
+            raise ValueError(f"{path} has the trials of {written}, not of {settings}")
+        return
+    path.write_text(json.dumps(settings) + "\n")
 
 
 def explore(model: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
@@ -242,11 +261,11 @@ def main() -> None:
         return
     if args.memory is None and not torch.cuda.is_available():
         raise SystemExit("--memory is needed on CPUs, such as 40MB")
-    begin, found = perf_counter(), []
+    found = []
     folder = args.json.parent if args.json else Path()
     for number, model in enumerate(args.models):
         log = folder / f"max_context_{number}.jsonl"
-        log.unlink(missing_ok=True)
+        open_log(log, model, args)
         found.append(explore(model, args, log))
         log.unlink()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,7 +273,6 @@ def main() -> None:
         **machine(device),
         "gpus": args.gpus,
         "memory_bytes": args.memory or torch.cuda.mem_get_info()[1],
-        "seconds": perf_counter() - begin,
         "rows": found,
     }
     print("\n".join(context_lines(report)), flush=True)
