@@ -31,14 +31,13 @@ from counted import Counted
 from processes import everywhere, first, machine, ranks, say, started
 from search_length import Asked, Trial, longest, propose, shortest_failed
 from step import Clock, Form, Training
-from tables import context_lines, draw_contexts
+from tables import METHODS, context_lines, draw_contexts
 
 from ring_sp import ProcessGroupManager, model_shape
 from ring_sp.cli import tokens
 from ring_sp.job import Choice
 from ring_sp.model_shape import ModelShape
 
-METHODS = ("vanilla", "memory-efficient attention", "+ blockwise feed-forward", "ring")
 FIRST = {"vanilla": 1024, "memory-efficient attention": 2048}
 """Tokens of a GPU to begin with, if not 16k."""
 CHUNK = 4096

@@ -9,6 +9,7 @@ from ring_sp.estimate import Estimate
 from ring_sp.step_memory import STATE_PARTS
 
 Report = dict[str, Any]
+METHODS = ("vanilla", "memory-efficient attention", "+ blockwise feed-forward", "ring")
 ERRORS = {"seconds": "time", "peak_bytes": "memory"}
 
 
@@ -112,7 +113,8 @@ def draw_contexts(report: Report, path: Path) -> None:
     for number, method in enumerate(methods):
         found = [row["methods"][method]["tokens"] for row in rows]
         places = [place + (number - (len(methods) - 1) / 2) * width for place in range(len(rows))]
-        bars = axes.bar(places, found, width * 0.92, label=method)
+        color = f"C{METHODS.index(method)}"
+        bars = axes.bar(places, found, width * 0.92, label=method, color=color)
         axes.bar_label(bars, [short(tokens) for tokens in found], padding=2, fontsize=8)
     axes.set_yscale("log", base=2)
     top = max(found["tokens"] for row in rows for found in row["methods"].values())
