@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -9,7 +10,7 @@ from ring_sp.gather import Gathering
 from ring_sp.kernels.contract import accumulation_dtype
 from ring_sp.passes import QueryWire, Wire
 from ring_sp.plan import Plan
-from ring_sp.ring import DATA, SUMS, Path, paths
+from ring_sp.ring import DATA, SUMS, Axis, Needs, Path, Place
 from ring_sp.sequence import ShardedSequence
 
 
@@ -101,6 +102,15 @@ class Messages:
             q_there * queries + kv_there * keys + q_back * (results + lse),
             q_there * (results + dlse) + q_back * queries + kv_back * keys,
         )
+
+
+def paths(sizes: tuple[int, ...], needs: Needs) -> Iterator[Path]:
+    """The path of each rank of nested rings, in order; what several know alike is worked out
+    once.
+    """
+    known: dict[Place, Path] = {}
+    for place in product(*map(range, sizes)):
+        yield Path(tuple(map(Axis, place, sizes)), needs).share(known)
 
 
 def loads(sequence: ShardedSequence, keys: ShardedSequence, messages: Messages) -> Iterator[Load]:

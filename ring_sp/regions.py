@@ -6,6 +6,7 @@ the name of a mask or of a layout.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -82,10 +83,7 @@ class Regions:
 
         Raises ValueError where a banded mask meets spans of different steps.
         """
-        q_slot = 0
-        k_slots = [*accumulate(map(len, kv_shard), initial=0)]
-        firsts, lasts = [span.start for span in kv_shard], [span[-1] for span in kv_shard]
-        ascending = all(last < first for last, first in zip(lasts, firsts[1:], strict=False))
+        q_slot, (k_slots, firsts, lasts, ascending) = 0, _columns(kv_shard)
         for q_span in q_shard:
             regions = _rows(self._chains, q_span.start, q_span[-1] + 1)
             met = range(len(kv_shard))
@@ -102,6 +100,14 @@ class Regions:
                         if tile is not None:
                             yield tile
             q_slot += len(q_span)
+
+
+@lru_cache(maxsize=1024)
+def _columns(shard: Shard) -> tuple[list[int], list[int], list[int], bool]:
+    """First slots, first and last positions of a shard's spans; whether they ascend."""
+    firsts, lasts = [span.start for span in shard], [span[-1] for span in shard]
+    ascending = all(last < first for last, first in zip(lasts, firsts[1:], strict=False))
+    return [*accumulate(map(len, shard), initial=0)], firsts, lasts, ascending
 
 
 def _triangle(side: int, limit: int) -> int:

@@ -7,7 +7,6 @@ Forward, backward, double ring and early stop are the same `ring_pass` (arXiv:23
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from math import prod
 
 import torch
@@ -18,6 +17,7 @@ from ring_sp.symmetric import Copies, Memory, Room
 
 Visit = Callable[[Tensor, int], Tensor | None]
 Needs = Callable[[int, int], bool]
+Place = tuple[tuple[int, int], ...]
 
 DATA, SUMS = 0, 1
 """Tags of messages: a tensor, or the sums that follow it."""
@@ -137,6 +137,15 @@ class Path:
         for axis in rings[1:]:
             self.place = self.place * axis.size + axis.rank
         self._inner: dict[int, Path] = {}
+        self._shared: tuple[dict[Place, Path], Place] | None = None
+
+    def share(self, known: "dict[Place, Path]", at: Place = ()) -> "Path":
+        """Share what other ranks' paths know alike; `at`: own rank and source in rings around."""
+        self._shared = known, at
+        first = known.setdefault((*at, (self.place, 0)), self)
+        if self.rings:
+            self.last, self.sums = first.last, first.sums
+        return self
 
     def inner(self, source: int) -> "Path":
         """The path in the inner rings of the tensors that came from `source` of the outer one."""
@@ -146,7 +155,10 @@ class Path:
                 lambda rank, peer, wanted=wanted: wanted(own + rank, base + peer)
                 for wanted in (self.needs, self.adds)
             )
-            self._inner[source] = Path(self.rings[1:], needs, adds)
+            path = self._inner[source] = Path(self.rings[1:], needs, adds)
+            if self._shared is not None:
+                known, at = self._shared
+                path.share(known, (*at, (self.rings[0].rank, source)))
         return self._inner[source]
 
     @cached_property
@@ -172,7 +184,8 @@ class Path:
             block, (first, last) = base + source * self.block, self.sums[source]
             if hop < self.last[source]:
                 yield DATA, block + self.place
-            yield from self.inner(source).sent(block)
+            if self.rings[1:]:
+                yield from self.inner(source).sent(block)
             if last and first <= hop <= last:
                 yield SUMS, block + self.place
 
@@ -185,19 +198,6 @@ class Path:
             return any(wanted(base + peer, start) for peer in peers)
 
         return [[hop for hop in range(size) if stops(source, hop)] for source in range(size)]
-
-
-def paths(sizes: tuple[int, ...], needs: Needs) -> Iterator[Path]:
-    """The path of each rank of nested rings, in order; what several know alike is worked out
-    once.
-    """
-    first: dict[int, Path] = {}
-    for place in product(*map(range, sizes)):
-        path = Path(tuple(map(Axis, place, sizes)), needs)
-        known = first.setdefault(path.place, path)
-        if sizes:
-            path.last, path.sums = known.last, known.sums
-        yield path
 
 
 def visiting_order(rings: tuple[Axis, ...]) -> list[int]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from math import prod
 
 import pytest
 from conftest import World
 from test_ring import NESTED, SINGLE, Shape, Table, numel, passes, sums_numel, tables
 
+from ring_sp.loads import paths
 from ring_sp.ring import Axis, Path, visiting_order
 
 
@@ -29,5 +30,7 @@ def test_a_path_knows_each_message_and_visit_of_its_rank_without_processes(
             told = [(tag, (numel, sums_numel)[tag](source)) for tag, source in path.sent()]
             sent = [(tag, length) for kind, _, tag, length in mine.notes if kind == "isend"]
             assert told == sent, name
+            shared = next(islice(paths(shape, partial(needed, table)), rank, None))
+            assert [*shared.sent()] == [*path.sent()], name
             needs = [source for source in visiting_order(rings) if needed(table, rank, source)]
             assert mine.seen == needs, name
