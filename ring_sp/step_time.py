@@ -20,17 +20,15 @@ FITTED_TO = (
         "attention alone of 32:8 and 16:4 heads of 128: one and two H200 at 16k to 128k tokens "
         "(examples/benchmarks/RESULTS.md)"
     ),
-    "attention alone on a ring of 4 H200 at 16k tokens, for HOST_SECONDS",
+    "attention alone on one H200 and on a ring of 2 at 2k tokens, for HOST_SECONDS",
 )
 """The runs that the constants of this module come from: against others it predicts."""
 VISIT_SECONDS = 1e-4
 """Of each visit in a forward or a backward, beside its work: launches, and ranks that wait for
 each other.
 """
-HOST_SECONDS = 0.55e-3, 1.08e-3
-"""Of a CPU for a visit of a ring in forward and backward: shorter work waits for its launches (4
-H200, 16k tokens; more than a tenth of a millisecond of each is NCCL's).
-"""
+HOST_SECONDS = 0.46e-3, 0.71e-3
+"""Of a CPU for a visit of a ring in forward and backward: shorter work waits for its launches."""
 OWN_BYTES, VISIT_BYTES = 20, 80
 """Memory traffic of attention's forward and backward for each element of q: delta, float32 sums
 and their conversion; and for each visit after the first, folding its part into the results.
