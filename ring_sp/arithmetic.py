@@ -9,7 +9,7 @@ from ring_sp.step_time import LAYER_SHARE
 
 
 def arithmetic(best: Estimate) -> Iterator[tuple[str, str]]:
-    """What is computed, and how: bytes in GB (1e9), FLOPs in PFLOP (1e15)."""
+    """What is computed, and how: bytes in GB (1e9), FLOPs in PFLOP (1e15) or smaller."""
     job, choice, told = best.job, best.choice, best.told
     model, hardware, parts = job.model, job.hardware, best.memory
     tokens = max(load.tokens for load in told.loads)
@@ -79,8 +79,8 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
         (
             f"6 x {model.product_weights / 1e9:.2f}B x {job.seq_len:,} + 12 x {model.layers} "
             f"layers x {model.heads} heads x {model.head_dim} x {pairs:.4g} pairs = "
-            f"{linear / 1e15:,.1f} + {attention / 1e15:,.1f} = "
-            f"{(linear + attention) / 1e15:,.1f} PFLOP"
+            f"{scaled(linear, 'FLOP')} + {scaled(attention, 'FLOP')} = "
+            f"{scaled(linear + attention, 'FLOP')}"
         ),
     )
     load = max(told.loads, key=lambda load: load.pairs)
@@ -96,8 +96,8 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
             f"attention {name}, a layer",
             (
                 f"{flops} x {told.heads} heads x {model.head_dim} x {load.pairs:.4g} pairs at "
-                f"{rate / 1e12:,.0f} TFLOP/s = {work / rate * 1e3:,.1f} ms; with folding, "
-                f"{load.hops + 1} visits {each.seconds * 1e3:,.1f} ms"
+                f"{scaled(rate, 'FLOP/s')} = {_ms(work / rate)}; with folding, "
+                f"{load.hops + 1} visits {_ms(each.seconds)}"
             ),
         )
     local = tokens * job.batch // choice.data
@@ -105,7 +105,7 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
         "matrix products",
         (
             f"6 x {model.product_weights / 1e9:.2f}B x {local:,} / tensor {choice.tensor} at "
-            f"{LAYER_SHARE} x {hardware.matmul_rate / 1e12:,.0f} TFLOP/s = "
+            f"{LAYER_SHARE} x {scaled(hardware.matmul_rate, 'FLOP/s')} = "
             f"{best.times['matrix products']:,.3g} s"
         ),
     )
@@ -117,7 +117,22 @@ def _seconds(best: Estimate, tokens: int) -> Iterator[tuple[str, str]]:
     yield (
         "MFU",
         (
-            f"{best.flops / 1e15:,.1f} PFLOP / {best.seconds:,.4g} s / {job.gpus} GPUs / "
-            f"{hardware.peak_flops / 1e12:,.0f} TFLOP/s = {best.mfu:.3f}"
+            f"{scaled(best.flops, 'FLOP')} / {best.seconds:,.4g} s / {job.gpus} GPUs / "
+            f"{scaled(hardware.peak_flops, 'FLOP/s')} = {best.mfu:.3f}"
         ),
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
+def scaled(value: float, unit: str) -> str:
+    """In the largest of peta, tera, giga and mega of the unit that leaves a digit before the
+    point, to three digits at least.
+    """
+    top = 1e12 if unit.endswith("/s") else 1e15  # Rates are told in TFLOP/s.
+    prefixes = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M"}
+    scale = next((each for each in prefixes if value >= each <= top), 1e6)
+    found = value / scale
+    return f"{found:,.{0 if found >= 100 else 1 if found >= 10 else 2}f} {prefixes[scale]}{unit}"

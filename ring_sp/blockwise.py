@@ -34,7 +34,7 @@ def blockwise(
 
     def run(part: Tensor, *weights: Tensor) -> Tensor:
         out = fn(part.contiguous(), *weights)  # Some take views of it, as GPT-2's.
-        if not isinstance(out, Tensor) or out.shape[dim] != part.shape[dim]:
+        if not isinstance(out, Tensor) or not out.shape or out.shape[dim] != part.shape[dim]:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out)
             raise ValueError(
                 f"fn must return a tensor with the tokens that it gets, {part.shape[dim]} along "

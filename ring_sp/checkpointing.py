@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import checkpoint as torch_checkpoint
 
 from ring_sp.kept import Hold, Kept, current, hold
+from ring_sp.layout import whole_number
 from ring_sp.offload import Offload, Stretch
 
 
@@ -19,7 +20,7 @@ class Checkpointing:
     """What a model recomputes in backward: all of its layers, `every` of them a checkpoint. With
     `keep_attention` attention's (out, lse) are kept, and the ring is not gone round again; with
     `offload`, layers' inputs and what is kept of attention lie in host memory until their backward
-    comes near. Raises ValueError for a number below 1.
+    comes near. Raises ValueError for a number below 1, and values of other types.
     """
 
     every: int = 1
@@ -27,8 +28,11 @@ class Checkpointing:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.every < 1:
+        if whole_number("every", self.every) < 1:
             raise ValueError(f"every is a number of layers, at least 1; got {self.every}")
+        for name in ("keep_attention", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}")
 
 
 def checkpoint(

@@ -4,6 +4,7 @@ torch here.
 
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class Hardware:
             if field.name not in {"name", "measured", "head_dim_rates"}
         ]
         for name, value in named + rates:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < inf:
                 raise ValueError(
                     f"hardware {self.name}: {name} must be a number above 0; got {value!r}"
                 )
@@ -104,10 +106,6 @@ class Hardware:
         near = min(dim for dim in HEAD_DIM_SHARES if dim >= min(head_dim, largest))
         shares = HEAD_DIM_SHARES[near]
         return self.forward_rate * shares[0], self.backward_rate * shares[1]
-
-    def reach(self, span: int) -> float:
-        """Achieved bytes/s between ranks of a group that spans `span` GPUs in rank order."""
-        return self.link_rate if span <= self.gpus_per_host else self.network_rate
 
     @property
     def sources(self) -> dict[str, str]:

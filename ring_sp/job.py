@@ -42,6 +42,17 @@ class Job:
             if whole_number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
 
+    def in_host(self, span: int) -> bool:
+        """Whether groups that span `span` GPUs, one after another in rank order, each lie in one
+        host.
+        """
+        host = self.hardware.gpus_per_host
+        return self.gpus <= host or host % span == 0
+
+    def reach(self, span: int) -> float:
+        """Achieved bytes/s between the ranks of such groups, on the worst placed of them."""
+        return self.hardware.link_rate if self.in_host(span) else self.hardware.network_rate
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -101,6 +112,12 @@ def refuse(job: Job, choice: Choice) -> str | None:
         (
             job.seq_len >= choice.sequence,
             f"{choice.sequence} ranks of sequence need as many tokens",
+        ),
+        (
+            choice.exchange != "copies"
+            or choice.stations == 1
+            or job.in_host(choice.tensor * choice.sequence),
+            f"copies need all GPUs of a ring in one host of {job.hardware.gpus_per_host}",
         ),
         (
             not choice.exchange.startswith("gather") or min(choice.outer, choice.ring) == 1,

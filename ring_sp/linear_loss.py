@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ring_sp.kernels.contract import accumulation_dtype
+from ring_sp.layout import whole_number
 from ring_sp.loss import IGNORE, mean_of_sums
 
 LOGITS = 1 << 28
@@ -34,7 +34,7 @@ class LinearLoss:
             raise ValueError(f"softcap must be positive, or None; got {self.softcap}")
         if not self.z_loss >= 0:
             raise ValueError(f"z_loss must be 0 or more; got {self.z_loss}")
-        if self.chunk is not None and self.chunk < 1:
+        if self.chunk is not None and whole_number("chunk", self.chunk) < 1:
             raise ValueError(f"chunk is a number of tokens, at least 1; got {self.chunk}")
 
 
@@ -54,10 +54,10 @@ def linear_cross_entropy(
     words of this rank, in x's dtype; autocast rounds both to its own. The value is float32 (float64
     for float64), the same on every rank; `group`, `averaged_over` and `count` are those of
     `loss.token_mean`. The gradients of x and weight are made along with it, from logits in float32,
-    weight's summed in float32; backward scales them and can be called once. A label that is no word
-    gives NaN, and so does a vocabulary in unequal parts. On CUDA bfloat16 and float16 need torch
-    2.8. Collective over `group` and `options.vocab_group`. Raises ValueError for shapes and dtypes
-    that do not fit.
+    weight's summed in float32; backward scales them, can be called once and has no derivative
+    itself. A label that is no word gives NaN, and so does a vocabulary in unequal parts. On CUDA
+    bfloat16 and float16 need torch 2.8. Collective over `group` and `options.vocab_group`. Raises
+    ValueError for shapes and dtypes that do not fit.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
@@ -108,8 +108,9 @@ class _LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("linear_cross_entropy has no second derivative")
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy gives its gradients once: call it again")
         (dx, dweight), ctx.gradients = ctx.gradients, None

@@ -69,7 +69,10 @@ def _memory(axes: Any, best: Estimate, lengths: list[int]) -> None:
 
 def _mfu(axes: Any, best: Estimate, lengths: list[int]) -> None:
     for colour, checkpoint in zip(COLOURS, CHECKPOINTS, strict=True):
-        found = [_at(best, length, checkpoint=checkpoint) for length in lengths]
+        kept: dict[str, Any] = {"checkpoint": checkpoint}
+        if checkpoint == "none":
+            kept |= {"every": 1, "offload": False}
+        found = [_at(best, length, **kept) for length in lengths]
         axes.plot(lengths, [each.mfu for each in found], color=colour, linestyle=":")
         fitting = [each.mfu if each.fits else float("nan") for each in found]
         axes.plot(lengths, fitting, color=colour, marker="o", label=f"checkpoint: {checkpoint}")

@@ -97,9 +97,9 @@ def _rules(best: Estimate) -> dict[str, str]:
         f"measured on {MEASURED_COPIES} GPUs only"
     )
     messages = (
-        "NCCL reaches other hosts"
-        if choice.tensor * choice.sequence > job.hardware.gpus_per_host
-        else "between two GPUs copies were no faster"
+        "between two GPUs copies were no faster"
+        if job.in_host(choice.tensor * choice.sequence)
+        else "NCCL reaches other hosts"
     )
     gather = "asked for; not measured on more than two GPUs, so never chosen unasked"
     exchanges = {"copies": copies, "messages": messages}
@@ -173,7 +173,14 @@ def _advice(best: Estimate, found: list[Estimate]) -> Iterator[str]:
         beside = _beside(best_of(traded), best)
         yield f"a ring: Ulysses without one {beside}; what is as good as the fastest is simplest"
     elif choice.stations > 1:
-        yield f"a ring: {job.model.heads} heads are too few for Ulysses alone, or a host too small"
+        every = choices(job, {"data": choice.data})
+        able = any(each.stations == 1 and each.ulysses > 1 for each in every)
+        yield (
+            "a ring, as Ulysses alone was not among what was allowed"
+            if able
+            else f"a ring: Ulysses alone cannot spread {job.model.heads} heads over "
+            f"{job.gpus // choice.data} GPUs, {job.hardware.gpus_per_host} a host"
+        )
 
 
 def _remedies(best: Estimate, fixed: dict[str, Any]) -> Iterator[str]:
@@ -190,13 +197,13 @@ def _remedies(best: Estimate, fixed: dict[str, Any]) -> Iterator[str]:
     def fit(gpus: int = job.gpus, seq_len: int = job.seq_len) -> bool:
         return any(each.fits for each in search(replace(job, gpus=gpus, seq_len=seq_len), small))
 
-    more = next((n for n in (job.gpus << i for i in range(1, 5)) if fit(gpus=n)), None)
+    more = next((n for n in (job.gpus << i for i in range(5)) if fit(gpus=n)), None)
     yield (
         f"{more} GPUs with full checkpointing, chunks, FSDP and, if need be, offloading"
         if more
         else f"not even {job.gpus * 16} GPUs: a smaller model, or more memory a GPU"
     )
-    longest = _longest(job, lambda length: fit(seq_len=length))
+    longest = 0 if more == job.gpus else _longest(job, lambda length: fit(seq_len=length))
     if longest:
         yield f"at most {longest:,} tokens on {job.gpus} GPUs, with the same"
 

@@ -8,7 +8,7 @@ from typing import Any
 from ring_sp.estimate import Estimate, estimate
 from ring_sp.exchanges import EXCHANGES
 from ring_sp.job import CHECKPOINTS, SHARDS, Choice, Job, refuse
-from ring_sp.layout import LAYOUTS
+from ring_sp.layout import LAYOUTS, whole_number
 from ring_sp.linear_loss import LOGITS
 
 FF_CHUNK = 4096
@@ -56,7 +56,8 @@ def check_fixed(fixed: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(names[name])}; got {value!r}")
         if name == "offload" and not isinstance(value, bool):
             raise ValueError(f"offload must be True or False; got {value!r}")
-        if name not in {*names, "offload"} and value is not None and value < 1:
+        counted = name not in {*names, "offload"}
+        if counted and (value is not None or name in SPLIT) and whole_number(name, value) < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
 
 
@@ -65,7 +66,7 @@ def choices(job: Job, fixed: dict[str, Any], checked: bool = True) -> Iterator[C
     for sizes in _splits(job, fixed):
         loss_chunk = max(1, LOGITS * sizes["tensor"] // job.model.vocab)
         span = sizes["tensor"] * sizes["ulysses"] * sizes["ring"] * sizes["outer"]
-        copies = span <= job.hardware.gpus_per_host and sizes["ring"] > 2
+        copies = job.in_host(span) and sizes["ring"] > 2
         base = {"loss_chunk": loss_chunk, "exchange": "copies" if copies else "messages"} | fixed
         searched = {
             "shard": SHARDS,

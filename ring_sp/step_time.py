@@ -90,7 +90,7 @@ def passes(job: Job, choice: Choice, told: Explanation) -> tuple[Pass, Pass]:
     width, reach = told.heads * model.head_dim, choice.tensor * choice.ulysses
     elements = load.tokens * choice.ulysses * width
     traffic = elements * (OWN_BYTES + VISIT_BYTES * hops) / hardware.copy_rate
-    heads_rate, found = hardware.reach(reach), []
+    heads_rate, found = job.reach(reach), []
     rates = hardware.attention_rates(model.head_dim)
     for forward, rate, host in zip((True, False), rates, HOST_SECONDS, strict=True):
         work = (4 if forward else 10) * width * load.pairs / rate
@@ -118,7 +118,7 @@ def _links(job: Job, choice: Choice, num_bytes: float, visit: float, hops: int) 
         ("outer", choice.outer - 1, reach * choice.stations, visit * choice.ring),
     )
     return tuple(
-        Link(name, count * made, num_bytes, job.hardware.reach(span), cover)
+        Link(name, count * made, num_bytes, job.reach(span), cover)
         for name, count, span, cover in kinds
         if count
     )
@@ -237,7 +237,7 @@ def _tensor_seconds(job: Job, choice: Choice, tokens: int) -> float:
     """
     size, model = choice.tensor, job.model
     num_bytes = 2 * model.hidden * tokens * (size - 1) / size
-    return 10 * model.layers * num_bytes / job.hardware.reach(size)
+    return 10 * model.layers * num_bytes / job.reach(size)
 
 
 def _sync_seconds(job: Job, choice: Choice, hidden: float) -> float:

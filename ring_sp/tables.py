@@ -5,7 +5,7 @@ from dataclasses import fields
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ring_sp.arithmetic import arithmetic
+from ring_sp.arithmetic import arithmetic, scaled
 from ring_sp.estimate import Estimate
 from ring_sp.job import Choice
 from ring_sp.paper import Cell
@@ -101,5 +101,5 @@ def _shown(value: object) -> str:
 
 def _rate(name: str, value: float) -> str:
     if name in {"copy_rate", "link_rate", "network_rate", "host_rate"}:
-        return f"{value / 1e9:,.0f} GB/s"
-    return f"{value / 1e12:,.0f} TFLOP/s"
+        return scaled(value, "B/s")
+    return scaled(value, "FLOP/s")

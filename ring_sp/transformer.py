@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ring_sp.blockwise import blockwise
 from ring_sp.checkpointing import Checkpointing, checkpoint
+from ring_sp.layout import whole_number
 from ring_sp.linear_loss import LinearLoss, linear_cross_entropy
 from ring_sp.masks import Mask
 from ring_sp.modules import AttentionConfig, RingAttention, Sequences
@@ -37,7 +38,8 @@ class Saving:
     def __post_init__(self) -> None:
         if not isinstance(self.checkpointing, Checkpointing | None):
             raise ValueError(f"checkpointing must be a Checkpointing; got {self.checkpointing!r}")
-        if self.feed_forward_chunk is not None and self.feed_forward_chunk < 1:
+        chunk = self.feed_forward_chunk
+        if chunk is not None and whole_number("feed_forward_chunk", chunk) < 1:
             raise ValueError(f"chunk is a number of tokens, at least 1; got {self}")
         LinearLoss(chunk=self.loss_chunk)
 

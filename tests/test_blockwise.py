@@ -274,6 +274,7 @@ def test_x_must_not_change() -> None:
         (lambda x: x, 0, "at least 1; got 0"),
         (lambda x: x[:, 1:], 4, "4 along dim 1; got (2, 3, 6)"),
         (lambda x: (x, x), 4, "got <class 'tuple'>"),
+        (lambda x: x.sum(), 4, "got ()"),
     ],
 )
 def test_refuses_what_is_not_by_token(fn, chunk: int, need: str) -> None:  # type: ignore[no-untyped-def]

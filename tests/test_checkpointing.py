@@ -175,9 +175,14 @@ def test_who_traces_gets_a_policy_even_if_torch_says_that_nothing_is_compiled() 
     [
         ({"feed_forward_chunk": 0}, "at least 1"),
         ({"loss_chunk": 0}, "at least 1; got 0"),
+        ({"feed_forward_chunk": 2.5}, "must be a whole number; got 2.5"),
+        ({"loss_chunk": "4"}, "must be a whole number; got '4'"),
         ({"checkpointing": True}, "must be a Checkpointing; got True"),
     ],
 )
 def test_bad_savings_are_refused(saving: dict[str, Any], need: str) -> None:
     assert need in raised(transformer, {}, saving)
     assert "at least 1; got 0" in raised(Checkpointing, 0)
+    assert "every must be a whole number; got 2.0" in raised(Checkpointing, 2.0)
+    for flags in ({"offload": "false"}, {"keep_attention": "no"}):
+        assert "must be True or False" in raised(Checkpointing, **flags)

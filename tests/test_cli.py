@@ -88,7 +88,9 @@ def test_what_is_missing_is_named_before_anything_is_computed() -> None:
 def test_curves_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.png"
-    assert said("plan", "--gpus", "2", "--seq", "64k", "--json", "--png", str(file))[0] == 0
+    for length in ("64k", "1M"):  # Which keeps all, and which has to offload.
+        asked = ("plan", "--gpus", "2", "--seq", length, "--json", "--png", str(file))
+        assert said(*asked)[0] == 0
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000
 
 

@@ -18,7 +18,7 @@ import pytest
 import render
 import torch
 from counted import Counted
-from mfu import case
+from mfu import case, form
 from step import Clock, Form, Training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,28 +160,35 @@ def test_the_experiments_run_on_cpus_and_are_rendered(
 
 def test_a_search_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     """From the trials in its file, of which the last had begun and not ended."""
-    begun = {"method": "vanilla", "tokens": 128, "fits": False, "outcome": "out of memory"}
+    begun = {"method": "vanilla", "tokens": 128, "fits": False, "outcome": "begun"}
     ended = begun | {"fits": True, "held_bytes": 2_600_000, "outcome": "finished"}
-    trials = [begun, ended, begun | {"tokens": 160}]
     settings = {"model": asdict(TINY), "gpus": 1, "memory": 2_700_000, "checkpoint": "full"}
     settings |= {"all_checkpointed": False, "chunk": 64}
-    model, log = tmp_path / "tiny.json", tmp_path / "max_context_0.jsonl"
+    model, log = tmp_path / "tiny.json", tmp_path / "found_0.jsonl"
     model.write_text(json.dumps(asdict(TINY)))
     report = tmp_path / "found.json"
-    asked = ["--gpus", "1", "--models", str(model), "--methods", "vanilla", "--resume"]
-    asked += ["--granule", "32", "--chunk", "64", "--json", str(report)]
+    asked = ["--gpus", "1", "--models", str(model), "--methods", "vanilla", "--resolution", "0.3"]
+    asked += ["--granule", "32", "--chunk", "64", "--json", str(report), "--memory", "2.7MB"]
 
-    lines = "".join(json.dumps(line) + "\n" for line in (settings, *trials))
-    log.write_text(lines)
-    run_in_place(max_context.main, *asked, "--memory", "2.7MB")
+    lines = "".join(json.dumps(each) + "\n" for each in (settings, begun, ended))
+    log.write_text(lines + json.dumps(begun | {"tokens": 160}) + "\n")
+    run_in_place(max_context.main, *asked, "--resume")
     (row,) = json.loads(report.read_text())["rows"]
-    assert [trial["tokens"] for trial in row["methods"]["vanilla"]["trials"]] == [128, 160]
-    assert row["methods"]["vanilla"]["failed"] == 160 and not log.exists()
+    kept, *tried = row["methods"]["vanilla"]["trials"]
+    assert kept["held_bytes"] == 2_600_000 and not kept["seconds"]
+    assert 160 in [trial["tokens"] for trial in tried] and not log.exists()
+    assert all(trial["held_bytes"] > 2_700_000 and trial["seconds"] for trial in tried)
 
-    log.write_text(lines)
-    with pytest.raises(ValueError, match="has the trials of"):
-        run_in_place(max_context.main, *asked, "--memory", "2.8MB")
-    assert log.read_text() == lines
+    for written, more, said in [
+        (lines, [], "--resume, another"),
+        (lines, ["--resume", "--memory", "2.8MB"], "has the trials of"),
+        (lines + '{"method": "va', ["--resume"], "damaged"),
+        ("", ["--resume"], "damaged"),
+    ]:
+        log.write_text(written)
+        with pytest.raises(ValueError, match=said):
+            run_in_place(max_context.main, *asked, *more)
+        assert log.read_text() == written
 
 
 @pytest.mark.parametrize(
@@ -190,8 +197,15 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path: Path) -> None:
         ("tiny 2 64", "a case is"),
         ("llama-1b two 64 none", "a case is"),
         ("foo 1 64 none", "one of"),
+        ("llama-1b 0 64 none", "at least 1; got 0"),
+        ("llama-1b 1 64 none:tensor=2", "a form may have .* got \\['tensor'\\]"),
     ],
 )
 def test_cases_that_make_no_sense_are_named(text: str, said: str) -> None:
+    def understood() -> None:
+        model, _, _, kept = case(text)
+        model_shape.find(model)
+        form(kept)
+
     with pytest.raises(ValueError, match=said):
-        model_shape.find(case(text)[0])
+        understood()

@@ -199,6 +199,8 @@ def test_gradients_are_given_once() -> None:
     torch.autograd.grad(loss, x, retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         torch.autograd.grad(loss, x)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(linear_cross_entropy(x, weight, labels), x, create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -204,6 +204,22 @@ def test_no_ring_is_advised_where_none_is_needed() -> None:
     assert plan(job(seq_len=128 * K)).best.choice.ulysses == 8
     # One key head a rank is all that a tensor split leaves: only a ring goes on.
     assert plan(job("llama-70b", 64, 4 * M), tensor=8).best.choice.stations > 1
+    for asked, fixed, why in [
+        (job(gpus=2, seq_len=128 * K), {"ring": 2}, "was not among what was allowed"),
+        (job(gpus=3, seq_len=128 * K), {}, "cannot spread 32 heads over 3 GPUs"),
+    ]:
+        assert why in plan(asked, **fixed).advice[-1]
+
+
+def test_rings_that_straddle_hosts_are_of_messages_at_the_network_s_rate() -> None:
+    inside, across = (
+        plan(job(gpus=gpus, seq_len=512 * K, batch=gpus // 6), ring=6, exchange="messages").best
+        for gpus in (6, 12)
+    )
+    rates = [each.attention[0].links[0].rate for each in (inside, across)]
+    assert rates == [H200.link_rate, H200.network_rate]
+    assert plan(job(gpus=12, seq_len=512 * K, batch=2), ring=6).best.choice.exchange == "messages"
+    assert plan(job(gpus=16, seq_len=512 * K, batch=2), ring=8).best.choice.exchange == "copies"
 
 
 def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
@@ -223,8 +239,10 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would() -> None:
     )
     fit = [any(each.fits for each in search(other, small)) for other in others]
     assert fit == [True, False, True, False] and not found.advice
-    free = plan(job(), checkpoint="none").remedies[0]
+    # What lacks there is only what was asked for.
+    free, same = plan(job(), checkpoint="none").remedies
     assert free == "leave the choice to the planner: {'checkpoint': 'selective'} fits"
+    assert same.startswith("8 GPUs with full checkpointing")
 
 
 def test_files_describe_models_and_machines(tmp_path: Path) -> None:

@@ -44,3 +44,4 @@ def test_where_the_first_length_fails_shorter_ones_are_tried() -> None:
     assert 1000 - 64 < longest(trials) <= 1000
     none = searched(lambda _: 2000, asked, False)
     assert longest(none) == 0 and none[-1].tokens == 64
+    assert propose([], Asked(1000, 32, 64)) == 64

@@ -10,8 +10,8 @@ column; methods of one GPU train a sequence on each, the ring one on all. On GPU
 torch's allocator; on CPUs the bytes of tensors are counted (`counted.py`), but for what is inside
 of an attention operator. A GPU that runs out of memory in the middle of a ring leaves the others
 waiting: steps run in jobs of torchrun, which end when a rank fails, and the search goes on in
-another. Trials are written down beside the JSON as they end; `--resume` goes on with those of a
-search that was cut off.
+another. Trials are written down beside the JSON, in JSON lines of its name, as they begin and end,
+and kept until it is there; `--resume` goes on with those of a search that was cut off.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 from counted import Counted
-from processes import everywhere, first, machine, ranks, say, started
+from processes import everywhere, machine, ranks, say, started
 from search_length import Asked, Trial, longest, propose, shortest_failed
 from step import Clock, Form, Training
 from tables import METHODS, context_lines, draw_contexts
+from trial_log import BEGUN, Log, open_log, read
 
 from ring_sp import ProcessGroupManager, model_shape
 from ring_sp.cli import tokens
@@ -146,52 +147,12 @@ def attempt(training: Training, length: int, limit: int) -> Trial:
     return Trial(length, fits, held, "finished" if fits else "finished, over the limit", seconds)
 
 
-class Log:
-    """The trials of a method in a file that outlives the job; the first rank writes."""
-
-    def __init__(self, path: Path, method: str) -> None:
-        self._path, self._method = path, method
-        self.trials = [trial for name, trial in read(path) if name == method]
-
-    def begin(self, length: int) -> None:
-        """As if it failed, until it ends."""
-        self._write(Trial(length, False, outcome=OUT_OF_MEMORY))
-
-    def end(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        self._write(trial)
-
-    def _write(self, trial: Trial) -> None:
-        if first():
-            with self._path.open("a") as file:
-                file.write(json.dumps({"method": self._method} | asdict(trial)) + "\n")
-
-
-def read(path: Path) -> list[tuple[str, Trial]]:
-    """Trials by method, below the line of settings; the last word on a length counts."""
-    found: dict[tuple[str, int], Trial] = {}
-    for line in path.read_text().splitlines()[1:]:
-        entry = json.loads(line)
-        method = entry.pop("method")
-        found[method, entry["tokens"]] = Trial(**entry)
-    return [(method, trial) for (method, _), trial in found.items()]
-
-
-def open_log(path: Path, model: str, args: argparse.Namespace) -> None:
-    """A file of trials that begins with what they depend on.
-
-    Raises:
-        ValueError: one that is to be gone on with is of other settings.
-    """
-    settings: dict[str, Any] = {"model": asdict(model_shape.find(model))}
-    for name in ("gpus", "memory", "checkpoint", "all_checkpointed", "chunk"):
-        settings[name] = getattr(args, name)
-    if args.resume and path.exists():
-        written = json.loads(path.read_text().splitlines()[0])
-        if written != settings:
-            raise ValueError(f"{path} has the trials of {written}, not of {settings}")
-        return
-    path.write_text(json.dumps(settings) + "\n")
+def settings(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """On which trials depend."""
+    names = ("gpus", "memory", "checkpoint", "all_checkpointed", "chunk")
+    return {"model": asdict(model_shape.find(model))} | {
+        name: getattr(args, name) for name in names
+    }
 
 
 def explore(model: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
@@ -199,13 +160,15 @@ def explore(model: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
     alone = [method for method in args.methods if method != "ring"]
     for methods in filter(None, (alone, [name for name in args.methods if name == "ring"])):
         while not known(methods, args, log):
-            begun = len(read(log))
+            before = len(read(log))
             done = run_job(model, methods, args, log)
-            new = read(log)[begun:]
             failed = done.returncode != 0
             if failed and OUT_OF_MEMORY not in done.stderr.lower():
                 raise RuntimeError(f"a job failed:\n{done.stderr[-4000:]}")
-            if failed and not new:
+            if failed:
+                for method, trial in read(log, BEGUN):
+                    Log(log, method).end(replace(trial, outcome=OUT_OF_MEMORY))
+            if failed and len(read(log)) == before:
                 raise RuntimeError(f"{model} does not fit at all:\n{done.stderr[-1000:]}")
     return summary(model, args, log)
 
@@ -260,13 +223,11 @@ def main() -> None:
         return
     if args.memory is None and not torch.cuda.is_available():
         raise SystemExit("--memory is needed on CPUs, such as 40MB")
-    found = []
-    folder = args.json.parent if args.json else Path()
-    for number, model in enumerate(args.models):
-        log = folder / f"max_context_{number}.jsonl"
-        open_log(log, model, args)
-        found.append(explore(model, args, log))
-        log.unlink()
+    name = args.json or Path("max_context.json")
+    logs = [name.with_name(f"{name.stem}_{number}.jsonl") for number in range(len(args.models))]
+    for model, log in zip(args.models, logs, strict=True):
+        open_log(log, settings(model, args), args.resume)
+    found = [explore(model, args, log) for model, log in zip(args.models, logs, strict=True)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = {
         **machine(device),
@@ -277,6 +238,8 @@ def main() -> None:
     print("\n".join(context_lines(report)), flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
+    for log in logs:
+        log.unlink()
     if args.png:
         draw_contexts(report, args.png)
 

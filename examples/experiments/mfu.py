@@ -40,12 +40,16 @@ from ring_sp.search import check_fixed
 from ring_sp.step_time import FITTED_TO, recomputed
 
 LOSS_CHUNK = 2048
+TRAINED = {"ff_chunk", "loss_chunk", "every", "offload"}
+"""What of a `Choice` a form may say; what it divides among GPUs is a ring and data."""
 Row = dict[str, Any]
 
 
 def form(text: str) -> dict[str, Any]:
     """Fields of `Choice` from such as "selective:ff_chunk=4096,every=2,offload=true"."""
     checkpoint, options = model_shape.options(text)
+    if unknown := options.keys() - TRAINED:
+        raise ValueError(f"a form may have {sorted(TRAINED)}; got {sorted(unknown)} in {text!r}")
     fixed = {"checkpoint": checkpoint, "loss_chunk": LOSS_CHUNK} | options
     if fixed["loss_chunk"] == 0:
         fixed["loss_chunk"] = None
@@ -57,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     add = parser.add_argument
     add("--models", nargs="+", default=["llama-1b"], help="names, such as llama-8b:layers=4")
-    add("--rings", nargs="+", type=int, help="GPUs of a sequence; by default one, and all")
+    add("--rings", nargs="+", type=number, help="GPUs of a sequence; by default one, and all")
     lengths = parser.add_mutually_exclusive_group()
     lengths.add_argument("--tokens", nargs="+", type=tokens, help="of a sequence")
     lengths.add_argument(
@@ -69,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--forms", nargs="+", default=["none"], help="such as selective:ff_chunk=4096,every=2")
     add("--cases", nargs="+", help="these alone, each 'model ring tokens-of-a-GPU form'")
-    add("--steps", type=int, default=3, help="timed, after one that warms up")
+    add("--steps", type=number, default=3, help="timed, after one that warms up")
     add("--warm-up", type=tokens, help="tokens of the step that warms up, if not as the others")
     add("--hardware", default="h200", help="a name, or a .json file of ring-sp bench")
     add("--profile", action="store_true", help="one more step each: device time by kind of kernel")
@@ -95,11 +99,18 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[Job, Choice]]:
         )
 
 
+def number(text: str) -> int:
+    found = int(text)
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"it must be at least 1; got {found}")
+    return found
+
+
 def case(text: str) -> tuple[str, int, int, str]:
     """Model, ring, tokens of a GPU and form."""
     try:
         model, ring, length, kept = text.split()
-        return model, int(ring), tokens(length), kept
+        return model, number(ring), tokens(length), kept
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"a case is 'model ring tokens form'; got {text!r}: {error}") from None
 

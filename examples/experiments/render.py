@@ -56,6 +56,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     reports = {path.stem: json.loads(path.read_text()) for path in args.reports}
+    if len(reports) < len(args.reports):
+        raise SystemExit("reports go by their files' names: give each another name")
     contexts = {name: each for name, each in reports.items() if "methods" in each["rows"][0]}
     trained = {name: each for name, each in reports.items() if name not in contexts}
     if args.again:
@@ -69,9 +71,10 @@ def main() -> None:
     (args.folder / "RESULTS.md").write_text(text + "\n")
     for name, each in contexts.items():
         draw_contexts(each, args.folder / f"{name}.png")
-    for name, each in trained.items():
+    ran = {name: each for name, each in trained.items() if any_ran(each)}
+    for name, each in ran.items():
         draw_mfu(each, args.folder / f"{name}.png")
-    if trained:
+    if ran:
         memory(args, rows_of(trained))
 
 
@@ -102,6 +105,10 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def any_ran(report: Report) -> bool:
+    return any("skipped" not in row for row in report["rows"])
+
+
 def rows_of(trained: dict[str, Report]) -> list[dict[str, Any]]:
     return [row for each in trained.values() for row in each["rows"]]
 
@@ -118,9 +125,12 @@ def lines(contexts: dict[str, Report], trained: dict[str, Report], pictures: boo
     rows = rows_of(trained)
     yield from ("", "## MFU, time and memory", "")
     yield from (machine_line(each) for each in trained.values())
-    yield from ("", *mfu_lines(rows), "", error_line(rows))
-    if pictures:
-        yield from ("", *(f"![MFU]({name}.png)" for name in trained))
+    yield from ("", *mfu_lines(rows))
+    ran = [name for name, each in trained.items() if any_ran(each)]
+    if ran:
+        yield from ("", error_line(rows))
+    if pictures and ran:
+        yield from ("", *(f"![MFU]({name}.png)" for name in ran))
         yield from ("", "![memory by context](memory.png)")
     for row in rows:
         if "skipped" not in row:

@@ -46,8 +46,9 @@ def propose(trials: list[Trial], asked: Asked) -> int | None:
     """The next length to try; None if the answer is known."""
     best, over = longest(trials), shortest_failed(trials)
     if not best:
-        following = _floor(asked.first if over is None else over / 2, asked.granule)
-        return following or None
+        if over is None:
+            return max(asked.granule, _floor(asked.first, asked.granule))
+        return _floor(over / 2, asked.granule) or None
     step = max(asked.granule, _floor(best * asked.resolution, asked.granule))
     if over is not None and over - best <= step:
         return None
