@@ -1,11 +1,13 @@
 """Megatron on machines without a GPU, for the tests alone."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -49,6 +51,15 @@ class Mesh:
         return dist.DeviceMesh.from_group(groups, device_type.replace("cuda", "cpu"), **given)
 
 
+@contextmanager
+def finished(group: dist.ProcessGroup, **_: bool) -> Iterator[Event]:
+    """Collectives that are over where Megatron only starts them: a process may die of gloo where
+    tensors are dropped while they are under way.
+    """
+    with dist._coalescing_manager(group):
+        yield Event()
+
+
 class OnCpu(TorchFunctionMode):
     """What Megatron puts on a GPU by name goes to the CPU."""
 
@@ -89,6 +100,7 @@ def pretend_gpus_for_fsdp() -> None:
     torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment, return-value]
     torch.cuda.current_device = lambda: 0
     mcore_fsdp_adapter.DeviceMesh = Mesh
+    param_and_grad_buffer._coalescing_manager = finished
     # Megatron's own wants einops; without pipeline and expert ranks it is this.
     mcore_fsdp_adapter._get_dp_tp_mesh = lambda data, tensor, **_: torch.arange(
         dist.get_world_size()
